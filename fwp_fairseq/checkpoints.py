@@ -1,0 +1,142 @@
+"""Loading of checkpoints that cannot run code.
+
+A checkpoint is a pickle, and unpickling calls whatever the file names. torch's ``weights_only`` unpickler calls only
+what is on its list; this module adds to the list what fairseq puts into checkpoints besides tensors, and nothing else,
+and sees to it that fairseq loads in this way whatever the environment or the version of fairseq says.
+"""
+
+import argparse
+import ast
+import os
+import pickle
+import re
+import types
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+# Arrays of numbers occur in the meters (the n-gram counts of --eval-bleu). Arrays of objects never do.
+_NUMBER_TYPES = [np.dtype(code) for code in ("bool", "i4", "i8", "f4", "f8")]
+
+
+def _number_type(name: str, *_flags: bool) -> np.dtype:
+    """Stand-in for ``numpy.dtype`` that knows numbers only, and returns numpy's own constants.
+
+    A copy, which is what the original returns, takes its layout from the file: enough to make numpy read bytes of the
+    file as pointers.
+    """
+    for number_type in _NUMBER_TYPES:
+        if number_type.str[1:] == name:
+            return number_type
+    raise pickle.UnpicklingError(f"Unsupported GLOBAL numpy.dtype({name!r})")
+
+
+_CHECKPOINT_GLOBALS: list[Any] = [
+    argparse.Namespace,
+    np.ndarray,
+    (np.ndarray.__reduce__(np.zeros(0))[0], "numpy.core.multiarray._reconstruct"),
+    (np.ndarray.__reduce__(np.zeros(0))[0], "numpy._core.multiarray._reconstruct"),
+    (_number_type, "numpy.dtype"),
+    *map(type, _NUMBER_TYPES),
+]
+
+
+def load_checkpoint_file(file: Any, map_location: Any = "cpu", extra_globals: tuple[Any, ...] = ()) -> Any:
+    """Load a checkpoint of fairseq from an open binary file without running anything in it.
+
+    ``extra_globals`` are allowed in addition to what checkpoints contain. Raises pickle.UnpicklingError, with the name
+    of the file, if it holds anything else or is damaged.
+    """
+    name = getattr(file, "name", "data from another process")
+    # Leaving the context takes its globals off torch's list: do not take off what the user has put there.
+    known = torch.serialization.get_safe_globals()
+    allowed = [item for item in (*_CHECKPOINT_GLOBALS, *extra_globals) if item not in known]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            # Given here, weights_only outranks TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
+            state = torch.load(file, map_location=map_location, weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        # torch's own message advises to switch the protection off.
+        found = re.search(r"GLOBAL (\S+)|(?:function|got) (<.+?>)", str(error))
+        if found and isinstance(error, pickle.UnpicklingError):
+            reason = f"it holds {found[1] or found[2]}, which is not on the list of what fairseq checkpoints contain"
+        else:
+            reason = f"it is no PyTorch checkpoint, or it is incomplete or damaged ({type(error).__name__})"
+        raise pickle.UnpicklingError(f"{name} was not loaded: {reason}.") from None
+    if isinstance(state, dict):
+        for key, value in _expressions_that_call(state.get("cfg"), state.get("args")):
+            raise pickle.UnpicklingError(
+                f"{name} was not loaded: its option {key} is {value!r}, and fairseq evaluates some options as code."
+            )
+    return state
+
+
+def _expressions_that_call(*configs: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values of the options that are Python expressions with a call in them.
+
+    fairseq passes options such as adaptive_softmax_cutoff to ``eval`` when it builds a model, and generation takes them
+    from the checkpoint. A comprehension is as good as a call, since it can assign to attributes.
+    """
+    calls = (ast.Call, ast.comprehension)
+    pending = [("", config) for config in configs]
+    while pending:
+        key, value = pending.pop()
+        if isinstance(value, argparse.Namespace):
+            value = vars(value)
+        if isinstance(value, dict):
+            pending += value.items()
+        elif isinstance(value, (list, tuple, set)):
+            pending += [(key, item) for item in value]
+        else:
+            try:
+                # eval takes whatever has bytes in it.
+                source = value if isinstance(value, str) else bytes(memoryview(value))
+                tree = ast.parse(source.strip(), mode="eval")
+            except (TypeError, SyntaxError, ValueError, RecursionError, MemoryError):
+                continue
+            if any(isinstance(node, calls) for node in ast.walk(tree)):
+                yield str(key), value
+
+
+class _TorchWithSafeLoad(types.ModuleType):
+    """Stands in for ``torch`` in one module of fairseq: all of torch, but for the way of loading."""
+
+    def __init__(self, *extra_globals: Any):
+        super().__init__("torch")
+        self._load = partial(load_checkpoint_file, extra_globals=extra_globals)
+
+    def load(self, file: Any, map_location: Any = None, **_ignored: Any) -> Any:
+        """torch.load, whose weights_only and pickle_module are not the caller's to choose."""
+        if isinstance(file, (str, os.PathLike)):
+            with open(file, "rb") as opened:
+                return self._load(opened, map_location)
+        return self._load(file, map_location)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def protect_checkpoint_loading() -> None:
+    """Make every load of a checkpoint in fairseq a safe one. A second call changes nothing."""
+    from fairseq import checkpoint_utils
+    from fairseq.distributed import utils as distributed_utils
+    from omegaconf import DictConfig, ListConfig
+    from omegaconf.base import ContainerMetadata, Metadata
+    from omegaconf.nodes import AnyNode
+
+    if isinstance(checkpoint_utils.torch, _TorchWithSafeLoad):
+        return
+    checkpoint_utils.torch = _TorchWithSafeLoad()
+    # When training resumes in several processes, the first one loads the file and sends the others its content, with
+    # the configuration as OmegaConf's objects by then and placeholders for the tensors.
+    distributed_utils.torch = _TorchWithSafeLoad(
+        distributed_utils._TensorPlaceholder,
+        *(DictConfig, ListConfig, ContainerMetadata, Metadata, AnyNode),
+        *(Any, dict, list, int, defaultdict),
+    )

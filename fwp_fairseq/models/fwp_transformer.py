@@ -1,0 +1,143 @@
+"""fairseq's Transformer for translation with fast weights in the encoder, the decoder and cross-attention.
+
+Everything but the attention modules is fairseq's: this file only says which options there are, and hooks the layers in.
+"""
+
+from dataclasses import field, fields, is_dataclass, make_dataclass
+from typing import Any
+
+from fairseq.dataclass import ChoiceEnum
+from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_architecture
+from fairseq.models.transformer import (
+    TransformerConfig,
+    TransformerDecoderBase,
+    TransformerEncoderBase,
+    TransformerModelBase,
+)
+from fairseq.models.transformer import transformer_legacy as fairseq_architectures
+from omegaconf import II
+from torch import nn
+
+from fwp_fairseq.modules import FastWeightConfig, FastWeightDecoderLayer, FastWeightEncoderLayer
+from fwp_fairseq.modules.fast_weight_config import ATTENTION_KINDS
+from fwp_fairseq.modules.fast_weight_layers import (
+    CROSS_ATTENTION,
+    DECODER_SELF_ATTENTION,
+    ENCODER_SELF_ATTENTION,
+    PLACES,
+    wrap_layer,
+)
+
+AttentionKind = ChoiceEnum(list(ATTENTION_KINDS))
+
+PLACE_FIELDS: dict[str, Any] = {
+    ENCODER_SELF_ATTENTION: field(default="softmax", metadata={"help": "attention of the encoder"}),
+    DECODER_SELF_ATTENTION: field(default="fast-weight", metadata={"help": "causal self-attention of the decoder"}),
+    CROSS_ATTENTION: field(default="softmax", metadata={"help": "attention of the decoder to the encoder"}),
+}
+
+
+# Sizes that follow another one unless they are given, as in fairseq's architectures.
+_FOLLOWS = {
+    "decoder_embed_dim": "encoder_embed_dim",
+    "decoder_ffn_embed_dim": "encoder_ffn_embed_dim",
+    "decoder_input_dim": "decoder_embed_dim",
+    "decoder_output_dim": "decoder_embed_dim",
+}
+
+
+def _flat_fields(config: type, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Fields of a nested fairseq configuration under the names of its flags: encoder.layers -> encoder_layers."""
+    flat: list[tuple[str, Any, Any]] = []
+    for option in fields(config):
+        name = prefix + option.name
+        if option.name == "_name":
+            continue
+        if is_dataclass(option.type):
+            flat += _flat_fields(option.type, f"{name}_")
+        else:
+            default = II(f"model.{_FOLLOWS[name]}") if name in _FOLLOWS else option.default
+            flat.append((name, option.type, field(default=default, metadata=option.metadata)))
+    return flat
+
+
+# fairseq's own configuration is nested and reaches hydra and argparse by different ways. Flattened under the names of
+# its flags it serves both, as transformer_lm's does, and follows whichever fairseq is installed.
+FWPTransformerConfig = make_dataclass(
+    "FWPTransformerConfig",
+    [
+        *_flat_fields(TransformerConfig),
+        *[(name, AttentionKind, option) for name, option in PLACE_FIELDS.items()],
+    ],
+    bases=(FastWeightConfig,),
+)
+FWPTransformerConfig.__doc__ = "Options of fairseq's transformer, of fast-weight attention, and of where it stands."
+FWPTransformerConfig.__module__ = __name__
+
+
+def resolve_sizes(args: Any, follows: dict[str, str]) -> None:
+    """Fill in sizes that are still interpolations, as when a model is built without hydra."""
+    for name, source in follows.items():
+        if str(getattr(args, name)).startswith("${"):
+            setattr(args, name, getattr(args, source))
+
+
+def attach_fast_weights(cfg: TransformerConfig, args: Any, places: tuple[str, ...] = PLACES) -> None:
+    """Put on ``cfg`` what the layers read: the fast-weight options in ``args`` and the places that have them."""
+    cfg.fast_weights = FastWeightConfig.from_args(args)
+    cfg.fast_weight_places = set()
+    for place in places:
+        kind = str(getattr(args, place, PLACE_FIELDS[place].default))
+        if kind not in ATTENTION_KINDS:
+            flag = place.replace("_", "-")
+            raise ValueError(f"--{flag} is {kind}, allowed are {', '.join(ATTENTION_KINDS)}")
+        if kind == "fast-weight":
+            cfg.fast_weight_places.add(place)
+
+
+class FWPTransformerEncoder(TransformerEncoderBase):
+    """fairseq's Transformer encoder with FastWeightEncoderLayer."""
+
+    def build_encoder_layer(self, cfg: Any) -> nn.Module:
+        return wrap_layer(FastWeightEncoderLayer(cfg, return_fc=self.return_fc), cfg)
+
+
+class FWPTransformerDecoder(TransformerDecoderBase):
+    """fairseq's Transformer decoder with FastWeightDecoderLayer."""
+
+    def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
+        return wrap_layer(FastWeightDecoderLayer(cfg, no_encoder_attn), cfg)
+
+
+@register_model("fwp_transformer", dataclass=FWPTransformerConfig)
+class FWPTransformerModel(TransformerModelBase):
+    """Encoder-decoder Transformer with fast weights; with softmax in every place it is fairseq's own."""
+
+    @classmethod
+    def add_args(cls, parser: Any) -> None:
+        # TransformerModelBase would add the options of fairseq's configuration only.
+        super(TransformerModelBase, cls).add_args(parser)
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> "FWPTransformerModel":
+        resolve_sizes(args, _FOLLOWS)
+        cfg = TransformerConfig.from_namespace(args)
+        attach_fast_weights(cfg, args)
+        return super().build_model(cfg, task)
+
+    @classmethod
+    def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Module) -> FWPTransformerEncoder:
+        return FWPTransformerEncoder(cfg, src_dict, embed_tokens)
+
+    @classmethod
+    def build_decoder(cls, cfg: Any, tgt_dict: Any, embed_tokens: nn.Module) -> FWPTransformerDecoder:
+        return FWPTransformerDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
+
+
+# Sizes and dropout of fairseq's architectures of the same names. The first is registered with the model already, but
+# with an empty function.
+ARCH_CONFIG_REGISTRY["fwp_transformer"] = fairseq_architectures.base_architecture
+register_model_architecture("fwp_transformer", "fwp_transformer_wmt_en_de")(fairseq_architectures.transformer_wmt_en_de)
+register_model_architecture("fwp_transformer", "fwp_transformer_wmt_en_de_big")(
+    fairseq_architectures.transformer_wmt_en_de_big
+)

@@ -1,0 +1,160 @@
+"""fairseq's Transformer language model with fast weights in place of causal self-attention."""
+
+import ast
+from dataclasses import dataclass, field
+from typing import Any
+
+from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_architecture
+from fairseq.models.transformer import DEFAULT_MAX_TARGET_POSITIONS, TransformerConfig
+from fairseq.models.transformer_lm import (
+    TransformerLanguageModel,
+    TransformerLanguageModelConfig,
+)
+from fairseq.modules import AdaptiveInput, CharacterTokenEmbedder
+from omegaconf import II
+from torch import nn
+
+from fwp_fairseq.models.fwp_transformer import (
+    PLACE_FIELDS,
+    AttentionKind,
+    FWPTransformerDecoder,
+    attach_fast_weights,
+    resolve_sizes,
+)
+from fwp_fairseq.modules import FastWeightConfig
+from fwp_fairseq.modules.fast_weight_layers import DECODER_SELF_ATTENTION
+
+_FOLLOWS = {"decoder_input_dim": "decoder_embed_dim", "decoder_output_dim": "decoder_embed_dim"}
+
+
+@dataclass
+class FWPTransformerLanguageModelConfig(TransformerLanguageModelConfig, FastWeightConfig):
+    """Options of fairseq's transformer_lm and of fast-weight attention.
+
+    Input and output width follow ``decoder_embed_dim`` unless they are given; fairseq leaves them at 512.
+    """
+
+    decoder_input_dim: int = field(
+        default=II("model.decoder_embed_dim"), metadata={"help": "decoder input dimension"}
+    )
+    decoder_output_dim: int = field(
+        default=II("model.decoder_embed_dim"), metadata={"help": "decoder output dimension"}
+    )
+    decoder_self_attention: AttentionKind = PLACE_FIELDS[DECODER_SELF_ATTENTION]  # type: ignore[valid-type]
+
+
+@register_model("fwp_transformer_lm", dataclass=FWPTransformerLanguageModelConfig)
+class FWPTransformerLanguageModel(TransformerLanguageModel):
+    """Decoder-only Transformer with fast weights; with softmax attention it is fairseq's transformer_lm."""
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> "FWPTransformerLanguageModel":
+        resolve_sizes(args, _FOLLOWS)
+        if args.decoder_layers_to_keep:
+            args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
+        if getattr(args, "max_target_positions", None) is None:
+            args.max_target_positions = getattr(args, "tokens_per_sample", DEFAULT_MAX_TARGET_POSITIONS)
+        _check_tied_weights(args)
+        embed_tokens = cls._build_input(args, task.source_dictionary)
+        cfg = TransformerConfig.from_namespace(args)
+        cfg.adaptive_softmax_cutoff = _cutoffs(args.adaptive_softmax_cutoff)
+        attach_fast_weights(cfg, args, (DECODER_SELF_ATTENTION,))
+        return cls(FWPTransformerDecoder(cfg, task.target_dictionary, embed_tokens, no_encoder_attn=True))
+
+    @classmethod
+    def _build_input(cls, args: Any, dictionary: Any) -> nn.Module:
+        """The input embedding that the options ask for: characters, adaptive (Baevski and Auli, 2019), or plain."""
+        if args.character_embeddings:
+            return CharacterTokenEmbedder(
+                dictionary,
+                # A checkpoint's configuration is data: fairseq's own eval() would run what it says.
+                ast.literal_eval(args.character_filters),
+                args.character_embedding_dim,
+                args.decoder_embed_dim,
+                args.char_embedder_highway_layers,
+            )
+        if args.adaptive_input:
+            return AdaptiveInput(
+                len(dictionary),
+                dictionary.pad(),
+                args.decoder_input_dim,
+                args.adaptive_input_factor,
+                args.decoder_embed_dim,
+                _cutoffs(args.adaptive_input_cutoff),
+                args.quant_noise_pq,
+                args.quant_noise_pq_block_size,
+            )
+        return cls.build_embedding(args, dictionary, args.decoder_input_dim)
+
+
+def _check_tied_weights(args: Any) -> None:
+    """Raise ValueError unless adaptive input and softmax have the same shape where they share weights."""
+    if not args.tie_adaptive_weights:
+        return
+    if not args.adaptive_input:
+        raise ValueError("--tie-adaptive-weights needs --adaptive-input")
+    for flag in ("factor", "cutoff"):
+        ours, theirs = getattr(args, f"adaptive_input_{flag}"), getattr(args, f"adaptive_softmax_{flag}")
+        if ours != theirs:
+            raise ValueError(
+                f"--adaptive-input-{flag} is {ours} and --adaptive-softmax-{flag} is {theirs}: "
+                "--tie-adaptive-weights needs them to be equal"
+            )
+    if args.decoder_input_dim != args.decoder_output_dim:
+        raise ValueError(
+            f"--decoder-input-dim is {args.decoder_input_dim} and --decoder-output-dim is {args.decoder_output_dim}: "
+            "--tie-adaptive-weights needs them to be equal"
+        )
+
+
+def _cutoffs(given: Any) -> Any:
+    """Cut-off points of adaptive input or softmax as a list, from "20000,60000" or a list; None stays None."""
+    if given is None:
+        return None
+    points = ast.literal_eval(given) if isinstance(given, str) else given
+    return [int(points)] if isinstance(points, (int, float)) else [int(point) for point in points]
+
+
+def _follow_embed_dim(args: Any) -> None:
+    for name, source in _FOLLOWS.items():
+        if not hasattr(args, name):
+            setattr(args, name, getattr(args, source, FWPTransformerLanguageModelConfig.decoder_embed_dim))
+
+
+# Registered with the model already, but with an empty function.
+ARCH_CONFIG_REGISTRY["fwp_transformer_lm"] = _follow_embed_dim
+
+
+def _set_defaults(args: Any, **defaults: Any) -> None:
+    for name, value in defaults.items():
+        setattr(args, name, getattr(args, name, value))
+
+
+@register_model_architecture("fwp_transformer_lm", "fwp_transformer_lm_wiki103_small")
+def fwp_transformer_lm_wiki103_small(args: Any) -> None:
+    """The paper's small model (appendix D.3, F): 16 layers, width 128, 8 heads; adaptive softmax of one width, tied."""
+    _set_defaults(
+        args,
+        decoder_layers=16,
+        decoder_embed_dim=128,
+        decoder_ffn_embed_dim=2048,
+        decoder_attention_heads=8,
+        dropout=0.1,
+        no_attention_bias=True,
+        adaptive_input=True,
+        adaptive_input_factor=1,
+        adaptive_input_cutoff="20000,40000,200000",
+        adaptive_softmax_factor=1,
+        adaptive_softmax_cutoff="20000,40000,200000",
+        tie_adaptive_weights=True,
+        tie_adaptive_proj=True,
+        feature_map="elu",
+    )
+    _follow_embed_dim(args)
+
+
+@register_model_architecture("fwp_transformer_lm", "fwp_transformer_lm_wiki103_medium")
+def fwp_transformer_lm_wiki103_medium(args: Any) -> None:
+    """The paper's medium model: as the small one, with width 256."""
+    _set_defaults(args, decoder_embed_dim=256)
+    fwp_transformer_lm_wiki103_small(args)

@@ -1,0 +1,290 @@
+"""Multi-head attention whose memory is a fast-weight matrix, behind the interface of fairseq's MultiheadAttention."""
+
+import math
+from typing import Optional
+
+import torch
+from fairseq.incremental_decoding_utils import with_incremental_state
+from fairseq.modules import LayerNorm
+from fairseq.modules.fairseq_dropout import FairseqDropout
+from fairseq.modules.quant_noise import quant_noise
+from torch import Tensor, nn
+
+from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
+from fwp_fairseq.modules.key_features import KeyFeatures
+from fwp_fairseq.ops import (
+    Gates,
+    fast_weight_memory,
+    fast_weight_scan,
+    fast_weight_step,
+    normalized_memory,
+    normalized_read,
+    normalized_scan,
+    normalized_step,
+)
+
+IncrementalState = dict[str, dict[str, Optional[Tensor]]]
+
+# fairseq's decoder layer looks for this key to see whether decoding has begun (--cross-self-attention needs it).
+_MEMORY = "prev_key"
+_NORMALIZER = "normalizer"
+
+
+@with_incremental_state
+class FastWeightAttention(nn.Module):
+    """Attention that writes (key, value) associations into a matrix per head and reads them with queries.
+
+    It composes projections, a feature map with its normalisation, an update rule, optional attention normalisation,
+    and one of two readings of the memory:
+
+    - causal (decoder self-attention): every query reads right after its own token is written;
+    - whole (``self_attention=True, causal=False``: encoder; ``encoder_decoder_attention=True``: cross-attention): all
+      tokens are written, then every query reads the finished memory.
+
+    The write strength is a sigmoid of a projection to one scalar per head (eq. 21). Padded keys leave the memory as
+    it is. ``dropout`` (--attention-dropout) acts on what is read, before the output projection: there are no attention
+    weights to drop, and dropping writes would change the rule.
+
+    In incremental decoding the state is the memory, (B, H, Dk, Dv) float32, and with attention normalisation the
+    normalizer, (B, H, Dk, 1); neither grows. Cross-attention writes the source once, and beams of a sentence share it.
+
+    Shapes are fairseq's: time first, (L, B, embed_dim). The second output, attention weights, is always None.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        config: Optional[FastWeightConfig] = None,
+        *,
+        kdim: Optional[int] = None,
+        vdim: Optional[int] = None,
+        dropout: float = 0.0,
+        causal: bool = False,
+        encoder_decoder_attention: bool = False,
+        q_noise: float = 0.0,
+        qn_block_size: int = 8,
+    ) -> None:
+        super().__init__()
+        config = config or FastWeightConfig()
+        config.check(embed_dim, num_heads, "decoder" if causal or encoder_decoder_attention else "encoder")
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.head_dim = embed_dim // num_heads
+        self.kdim = embed_dim if kdim is None else kdim
+        self.vdim = embed_dim if vdim is None else vdim
+        self.causal = causal
+        self.encoder_decoder_attention = encoder_decoder_attention
+        self.rule = config.rule
+        self.backend = str(config.fast_weight_backend)
+        self.attention_normalization = config.attention_normalization
+        self.beam_size = 1
+
+        def linear(inputs: int, outputs: int, bias: bool) -> nn.Module:
+            return quant_noise(nn.Linear(inputs, outputs, bias=bias), q_noise, qn_block_size)
+
+        bias = not config.no_attention_bias
+        self.k_proj = linear(self.kdim, embed_dim, bias)
+        self.v_proj = linear(self.vdim, embed_dim, bias)
+        self.q_proj = linear(embed_dim, embed_dim, bias)
+        self.out_proj = linear(embed_dim, embed_dim, bias)
+        self.write_proj = nn.Linear(self.kdim, num_heads, config.write_strength_bias) if self.rule.strength else None
+        self.decay_proj = nn.Linear(self.kdim, num_heads) if self.rule.forgets == "learned" else None
+        self.features = KeyFeatures(
+            str(config.feature_map),
+            str(config.key_normalization),
+            self.head_dim,
+            nu=config.dpfp_nu,
+            m=config.favor_features,
+        )
+        # FWM reads through a layer norm (sec. 6.1.2): the bound on its memory bounds what can be read.
+        self.read_layer_norm = LayerNorm(self.head_dim) if self.rule.max_norm is not None else None
+        self.dropout_module = FairseqDropout(dropout, module_name=self.__class__.__name__)
+        self.reset_parameters()
+        self.init_incremental_state()  # type: ignore[attr-defined]
+
+    def reset_parameters(self) -> None:
+        """As fairseq's attention; the write strength starts near 1/2, the kept share of a gated memory near 1."""
+        same = self.kdim == self.embed_dim and self.vdim == self.embed_dim
+        for projection in (self.k_proj, self.v_proj, self.q_proj):
+            nn.init.xavier_uniform_(projection.weight, gain=1 / math.sqrt(2) if same else 1.0)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        if self.out_proj.bias is not None:
+            nn.init.zeros_(self.out_proj.bias)
+        if self.write_proj is not None:
+            nn.init.xavier_uniform_(self.write_proj.weight)
+            if self.write_proj.bias is not None:
+                nn.init.zeros_(self.write_proj.bias)
+        if self.decay_proj is not None:
+            # σ(4) = 0.98: a memory of some fifty tokens to start from.
+            nn.init.xavier_uniform_(self.decay_proj.weight)
+            nn.init.constant_(self.decay_proj.bias, 4.0)
+
+    def extra_repr(self) -> str:
+        reading = "causal" if self.causal else "whole memory"
+        normalization = ", attention normalisation" if self.attention_normalization else ""
+        return f"{self.rule.name} rule, {reading}, {self.num_heads} heads of {self.head_dim}{normalization}"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Optional[Tensor],
+        value: Optional[Tensor],
+        key_padding_mask: Optional[Tensor] = None,
+        incremental_state: Optional[IncrementalState] = None,
+        need_weights: bool = False,
+        static_kv: bool = False,
+        attn_mask: Optional[Tensor] = None,
+        before_softmax: bool = False,
+        need_head_weights: bool = False,
+    ) -> tuple[Tensor, None]:
+        """query: (T, B, embed_dim), key, value: (S, B, kdim / vdim), key_padding_mask: (B, S), True at padding.
+
+        Causal attention takes ``attn_mask`` for what it is, the mask of the future, which the order of writes implies.
+        Its key may be longer than its query: what comes before the first query is written first. Raises ValueError for
+        an ``attn_mask`` on the whole memory, which cannot hide one token from one query. Arguments about attention
+        weights are accepted and have no effect. Returns ((T, B, embed_dim), None).
+        """
+        if attn_mask is not None and not self.causal:
+            raise ValueError("fast weights read the memory as a whole: an attn_mask needs softmax attention here")
+        if self.causal:
+            read = self._read_causal(query, key, value, key_padding_mask, incremental_state)
+        else:
+            read = self._read_whole(query, key, value, key_padding_mask, incremental_state)
+        if self.read_layer_norm is not None:
+            read = self.read_layer_norm(read)
+        # (B, H, T, head_dim) -> (T, B, embed_dim)
+        read = read.permute(2, 0, 1, 3).reshape(query.shape)
+        return self.out_proj(self.dropout_module(read)), None
+
+    def _read_causal(
+        self,
+        query: Tensor,
+        key: Optional[Tensor],
+        value: Optional[Tensor],
+        padding: Optional[Tensor],
+        incremental_state: Optional[IncrementalState],
+    ) -> Tensor:
+        assert key is not None and value is not None
+        q, k, v = self._split_heads(self.q_proj(query), self.k_proj(key), self.v_proj(value))
+        q, k = self.features(q, k)
+        gates = self._gates(key, padding)
+        buffer = self._get_input_buffer(incremental_state)
+        memory, normalizer = buffer.get(_MEMORY), buffer.get(_NORMALIZER)
+
+        before = k.size(2) - q.size(2)
+        if before > 0:
+            memory, normalizer = self._write(
+                k[:, :, :before], v[:, :, :before], _cut(gates, slice(0, before)), memory, normalizer
+            )
+            k, v, gates = k[:, :, before:], v[:, :, before:], _cut(gates, slice(before, None))
+
+        if memory is not None and q.size(2) == 1 and not torch.is_grad_enabled():
+            read = self._step(q[:, :, 0], k[:, :, 0], v[:, :, 0], _cut(gates, 0), memory, normalizer)[:, :, None]
+        elif self.attention_normalization:
+            read, memory, normalizer = normalized_scan(
+                q, k, v, gates, initial_state=memory, initial_normalizer=normalizer, backend=self.backend
+            )
+        else:
+            read, memory = fast_weight_scan(
+                q, k, v, *gates, initial_state=memory, backend=self.backend, max_norm=self.rule.max_norm
+            )
+        self._set_input_buffer(incremental_state, {_MEMORY: memory, _NORMALIZER: normalizer})
+        return read
+
+    def _read_whole(
+        self,
+        query: Tensor,
+        key: Optional[Tensor],
+        value: Optional[Tensor],
+        padding: Optional[Tensor],
+        incremental_state: Optional[IncrementalState],
+    ) -> Tensor:
+        # Only cross-attention decodes incrementally; its memory is written once.
+        incremental_state = incremental_state if self.encoder_decoder_attention else None
+        buffer = self._get_input_buffer(incremental_state)
+        memory, normalizer = buffer.get(_MEMORY), buffer.get(_NORMALIZER)
+        (q,) = self._split_heads(self.q_proj(query))
+        if memory is None:
+            assert key is not None and value is not None
+            if incremental_state is not None and self.beam_size > 1 and key.size(1) == query.size(1):
+                # The beams of a sentence have the same source.
+                key, value = key[:, :: self.beam_size], value[:, :: self.beam_size]
+                padding = None if padding is None else padding[:: self.beam_size]
+            k, v = self._split_heads(self.k_proj(key), self.v_proj(value))
+            q, k = self.features(q, k)
+            memory, normalizer = self._write(k, v, self._gates(key, padding))
+            self._set_input_buffer(incremental_state, {_MEMORY: memory, _NORMALIZER: normalizer})
+        else:
+            (q,) = self.features(q)
+
+        # Beams read the memory that they share as if they were further time steps of one sentence.
+        beams, sentences = q.size(0), memory.size(0)
+        if beams != sentences:
+            q = q.unflatten(0, (sentences, -1)).transpose(1, 2).flatten(2, 3)
+        read = q.to(memory.dtype) @ memory if normalizer is None else normalized_read(q, memory, normalizer)
+        if beams != sentences:
+            read = read.unflatten(2, (beams // sentences, -1)).transpose(1, 2).flatten(0, 1)
+        return read.to(query.dtype)
+
+    def _write(
+        self, k: Tensor, v: Tensor, gates: Gates, memory: Optional[Tensor] = None, normalizer: Optional[Tensor] = None
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        if self.attention_normalization:
+            return normalized_memory(
+                k, v, gates, initial_state=memory, initial_normalizer=normalizer, backend=self.backend
+            )
+        options = {"backend": self.backend, "max_norm": self.rule.max_norm}
+        return fast_weight_memory(k, v, *gates, initial_state=memory, **options), None
+
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, memory: Tensor, normalizer: Optional[Tensor]
+    ) -> Tensor:
+        if normalizer is not None:
+            return normalized_step(q, k, v, gates, memory, normalizer)
+        return fast_weight_step(q, k, v, *gates, memory, max_norm=self.rule.max_norm)
+
+    def _gates(self, key: Tensor, padding: Optional[Tensor]) -> Gates:
+        """Scalars of the update rule for (S, B, kdim) keys: (B, H, S), in float32."""
+        beta, alpha = (
+            None if projection is None else projection(key).permute(1, 2, 0).float().sigmoid()
+            for projection in (self.write_proj, self.decay_proj)
+        )
+        padding = None if padding is None else padding.bool()[:, None, :].expand(-1, self.num_heads, -1)
+        return self.rule.gates(beta, alpha, padding)
+
+    def _split_heads(self, *projected: Tensor) -> tuple[Tensor, ...]:
+        """(T, B, embed_dim) -> (B, H, T, head_dim)."""
+        return tuple(x.unflatten(-1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3) for x in projected)
+
+    def set_beam_size(self, beam_size: int) -> None:
+        """fairseq's generator says how many hypotheses of a sentence are rows of the batch."""
+        self.beam_size = beam_size
+
+    def reorder_incremental_state(
+        self, incremental_state: Optional[IncrementalState], new_order: Tensor
+    ) -> Optional[IncrementalState]:
+        """Let row i go on from what row ``new_order[i]`` has written so far."""
+        buffer = self._get_input_buffer(incremental_state)
+        memory = buffer.get(_MEMORY)
+        if memory is None:
+            return incremental_state
+        if self.encoder_decoder_attention and self.beam_size > 1:
+            # One memory per sentence: beams change places within it, and whole sentences leave the batch.
+            if memory.size(0) * self.beam_size == new_order.size(0):
+                return incremental_state
+            new_order = new_order.view(-1, self.beam_size)[:, 0] // self.beam_size
+        reordered = {name: None if x is None else x.index_select(0, new_order) for name, x in buffer.items()}
+        return self._set_input_buffer(incremental_state, reordered)
+
+    def _get_input_buffer(self, incremental_state: Optional[IncrementalState]) -> dict[str, Optional[Tensor]]:
+        return self.get_incremental_state(incremental_state, "attn_state") or {}  # type: ignore[attr-defined]
+
+    def _set_input_buffer(
+        self, incremental_state: Optional[IncrementalState], buffer: dict[str, Optional[Tensor]]
+    ) -> Optional[IncrementalState]:
+        return self.set_incremental_state(incremental_state, "attn_state", buffer)  # type: ignore[attr-defined]
+
+
+def _cut(gates: Gates, where: "slice | int") -> Gates:
+    return Gates(*(None if gate is None else gate[:, :, where] for gate in gates))

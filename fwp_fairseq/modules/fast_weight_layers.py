@@ -1,0 +1,75 @@
+"""Transformer layers with fast weights in the places that the model's configuration names.
+
+``cfg`` is fairseq's TransformerConfig with two more attributes: ``fast_weights``, a FastWeightConfig, and
+``fast_weight_places``, a subset of PLACES.
+"""
+
+from typing import Any
+
+from fairseq.distributed import fsdp_wrap
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
+from torch import nn
+
+from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
+
+ENCODER_SELF_ATTENTION = "encoder_self_attention"
+DECODER_SELF_ATTENTION = "decoder_self_attention"
+CROSS_ATTENTION = "cross_attention"
+PLACES = (ENCODER_SELF_ATTENTION, DECODER_SELF_ATTENTION, CROSS_ATTENTION)
+
+
+class FastWeightEncoderLayer(TransformerEncoderLayerBase):
+    """fairseq's encoder layer, with fast weights for self-attention where the configuration says so."""
+
+    def build_self_attention(self, embed_dim: int, cfg: Any) -> nn.Module:
+        if ENCODER_SELF_ATTENTION not in cfg.fast_weight_places:
+            return super().build_self_attention(embed_dim, cfg)
+        return _build_attention(cfg, cfg.encoder, embed_dim)
+
+
+class FastWeightDecoderLayer(TransformerDecoderLayerBase):
+    """fairseq's decoder layer, with fast weights for self- and cross-attention where the configuration says so."""
+
+    def build_self_attention(
+        self, embed_dim: int, cfg: Any, add_bias_kv: bool = False, add_zero_attn: bool = False
+    ) -> nn.Module:
+        if DECODER_SELF_ATTENTION not in cfg.fast_weight_places:
+            return super().build_self_attention(embed_dim, cfg, add_bias_kv, add_zero_attn)
+        return _build_attention(cfg, cfg.decoder, embed_dim, causal=True)
+
+    def build_encoder_attention(self, embed_dim: int, cfg: Any) -> nn.Module:
+        if CROSS_ATTENTION not in cfg.fast_weight_places:
+            return super().build_encoder_attention(embed_dim, cfg)
+        return _build_attention(
+            cfg,
+            cfg.decoder,
+            embed_dim,
+            kdim=cfg.encoder.embed_dim,
+            vdim=cfg.encoder.embed_dim,
+            encoder_decoder_attention=True,
+        )
+
+
+def wrap_layer(layer: nn.Module, cfg: Any) -> nn.Module:
+    """Activation checkpointing and FSDP around a layer, as fairseq's ``build_*_layer`` put them around theirs."""
+    if cfg.checkpoint_activations:
+        layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+    return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
+
+
+def _build_attention(cfg: Any, side: Any, embed_dim: int, **kwargs: Any) -> FastWeightAttention:
+    if side.xformers_att_config is not None:
+        raise ValueError(
+            f"xformers_att_config is {side.xformers_att_config!r}, but fast-weight attention has no xFormers form: "
+            "leave it out, or choose softmax for this place"
+        )
+    return FastWeightAttention(
+        embed_dim,
+        side.attention_heads,
+        cfg.fast_weights,
+        dropout=cfg.attention_dropout,
+        q_noise=cfg.quant_noise.pq,
+        qn_block_size=cfg.quant_noise.pq_block_size,
+        **kwargs,
+    )

@@ -1,0 +1,148 @@
+"""Attention normalisation (eq. 26-28): read-outs as weighted means, by a second memory that counts what was written.
+
+The accumulator z is not a rule of its own. It is the same recurrence on a constant value of one:
+
+- rules that never erase carry it as one more value column, which every write and every decay treats alike, so that the
+  read-out is Σ_s a_ts v_s / Σ_s a_ts (eq. 17-19; for the gated rule this is RFA-Gate of Peng et al., 2021);
+- rules that erase keep z as the plain sum of keys (with the rule's decay), and divide the retrieved value v̄_t by
+  z_{t-1} · k_t as well, with v̄_1 = 0 (eq. 27-28). That is a rescaled erase strength: erase_t / (z_{t-1} · k_t).
+
+Where nothing was written under a key, z · k is 0 and the read-out is 0.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from fwp_fairseq.ops import token_loop
+from fwp_fairseq.ops.fast_weights import fast_weight_memory, fast_weight_scan, fast_weight_step
+from fwp_fairseq.ops.numerics import smallest_divisor, state_dtype
+from fwp_fairseq.ops.update_rules import Gates
+
+
+def normalized_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    *,
+    initial_state: Optional[Tensor] = None,
+    initial_normalizer: Optional[Tensor] = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``fast_weight_scan`` with attention normalisation, for non-negative q and k.
+
+    Shapes as there; the normalizer z is (B, H, Dk, 1), or None for zero. Returns out (B, H, L, Dv), the final state
+    (B, H, Dk, Dv) and the final normalizer.
+    """
+    if gates.erase is None:
+        out, state = fast_weight_scan(
+            q, k, _with_ones(v), *gates, initial_state=_join(initial_state, initial_normalizer), backend=backend
+        )
+        weighted, total = out[..., :-1], out[..., -1:]
+        return _ratio(weighted, total).to(v.dtype), state[..., :-1], state[..., -1:]
+
+    ones, count = _counting(v, gates)
+    options = {"initial_state": initial_normalizer, "backend": backend}
+    total, normalizer = fast_weight_scan(q, k, ones, *count, **options)
+    erase = gates.erase * _inverse(_earlier_total(k, ones, count, initial_normalizer, backend)).squeeze(-1)
+    out, state = fast_weight_scan(
+        q, k, v, gates.write, erase, gates.decay, initial_state=initial_state, backend=backend
+    )
+    return _ratio(out, total).to(v.dtype), state, normalizer
+
+
+def normalized_memory(
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    *,
+    initial_state: Optional[Tensor] = None,
+    initial_normalizer: Optional[Tensor] = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The final state (B, H, Dk, Dv) and normalizer (B, H, Dk, 1) of ``normalized_scan``."""
+    if gates.erase is None:
+        state = fast_weight_memory(
+            k, _with_ones(v), *gates, initial_state=_join(initial_state, initial_normalizer), backend=backend
+        )
+        return state[..., :-1], state[..., -1:]
+    ones, count = _counting(v, gates)
+    erase = gates.erase * _inverse(_earlier_total(k, ones, count, initial_normalizer, backend)).squeeze(-1)
+    state = fast_weight_memory(k, v, gates.write, erase, gates.decay, initial_state=initial_state, backend=backend)
+    return state, fast_weight_memory(k, ones, *count, initial_state=initial_normalizer, backend=backend)
+
+
+def normalized_step(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor, normalizer: Tensor) -> Tensor:
+    """One token of ``normalized_scan`` for decoding: updates ``state`` and ``normalizer`` in place.
+
+    Shapes as in ``fast_weight_step``; gates are (B, H) or None, normalizer is (B, H, Dk, 1). Returns (B, H, Dv).
+    """
+    erase = gates.erase
+    if erase is not None:
+        erase = erase * _inverse(_kept(token_loop.read_token(normalizer, k.to(normalizer.dtype)), gates.decay)[..., 0])
+    ones, count = _counting(v, gates)
+    out = fast_weight_step(q, k, v, gates.write, erase, gates.decay, state)
+    return _ratio(out, fast_weight_step(q, k, ones, *count, normalizer)).to(v.dtype)
+
+
+def normalized_read(q: Tensor, state: Tensor, normalizer: Tensor) -> Tensor:
+    """W q / (z · q) for (..., L, Dk) queries of a finished memory (..., Dk, Dv) with its normalizer (..., Dk, 1)."""
+    q = q.to(state.dtype)
+    return _ratio(q @ state, q @ normalizer)
+
+
+def _earlier_total(
+    k: Tensor, ones: Tensor, count: Gates, initial_normalizer: Optional[Tensor], backend: str
+) -> Tensor:
+    """decay_t z_{t-1} · k_t for every t: (B, H, L, 1). What a read with k_{t+1} right after write t finds, moved on.
+
+    v̄_t carries the token's decay, and so must its divisor.
+    """
+    if initial_normalizer is None:
+        initial_normalizer = k.new_zeros(*k.shape[:2], k.size(3), 1, dtype=ones.dtype)
+    first = k[:, :, :1].to(ones.dtype) @ initial_normalizer
+    head = Gates(*(None if gate is None else gate[:, :, :-1] for gate in count))
+    rest, _ = fast_weight_scan(
+        k[:, :, 1:], k[:, :, :-1], ones[:, :, :-1], *head, initial_state=initial_normalizer, backend=backend
+    )
+    return _kept(torch.cat([first, rest], dim=2), count.decay)
+
+
+def _kept(total: Tensor, decay: Optional[Tensor]) -> Tensor:
+    return total if decay is None else total * decay[..., None]
+
+
+def _counting(v: Tensor, gates: Gates) -> tuple[Tensor, Gates]:
+    """Ones to write in place of values, and the gates to write them with.
+
+    Rules that erase count every token that writes at all in full (padding does not write); the others by what it writes.
+    """
+    ones = torch.ones_like(v[..., :1], dtype=state_dtype(v.dtype))
+    write = gates.write
+    if gates.erase is not None and write is not None:
+        write = (write != 0).to(ones.dtype)
+    return ones, Gates(write, None, gates.decay)
+
+
+def _with_ones(v: Tensor) -> Tensor:
+    v = v.to(state_dtype(v.dtype))
+    return torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+
+
+def _join(state: Optional[Tensor], normalizer: Optional[Tensor]) -> Optional[Tensor]:
+    if state is None or normalizer is None:
+        return None
+    return torch.cat([state, normalizer], dim=-1)
+
+
+def _inverse(total: Tensor) -> Tensor:
+    """1 / total where there is something to divide by, else 0, with finite gradients everywhere."""
+    present = total > smallest_divisor(total.dtype)
+    return torch.where(present, 1 / torch.where(present, total, 1.0), 0.0)
+
+
+def _ratio(weighted: Tensor, total: Tensor) -> Tensor:
+    present = total > smallest_divisor(total.dtype)
+    return torch.where(present, weighted / torch.where(present, total, 1.0), 0.0)

@@ -1,0 +1,162 @@
+"""Fast weights in parallel over time: matrix products within a chunk, the memory from chunk to chunk.
+
+Within a chunk of C tokens that starts from memory W_0, let P[t, s] = decay_{s+1} ... decay_t be what is left at token t
+of something written at s, and g_t = decay_1 ... decay_t. With u_t the value that is written at t in the end,
+
+    W_t = g_t W_0 + Σ_{s≤t} P[t, s] k_s ⊗ u_s
+    u_t = write_t v_t − erase_t v̄_t,   v̄_t = g_t W_0ᵀ k_t + Σ_{s<t} P[t, s] (k_s · k_t) u_s
+
+The second line is a unit-lower-triangular system for all u of the chunk at once, the WY form of the product of the
+chunk's rank-one updates:
+
+    (I + A) U = diag(write) V − diag(erase ⊙ g) K W_0,   A[t, s] = erase_t P[t, s] (k_t · k_s) for s < t
+
+and the read-outs are O = diag(g) Q W_0 + (P ⊙ Q Kᵀ, lower triangle with the diagonal) U. Without erase there is nothing
+to solve. See Bischof and Van Loan (1987) for the WY form, Yang et al. (2024) for its use with the delta rule.
+
+The backward pass keeps the memories at chunk borders only, and recomputes each chunk, last chunk first, to
+differentiate it: peak memory is one chunk's matrices plus L / C memories, not a memory per token.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Bounds the share of work that grows with C (the C x C products) against the number of sequential steps.
+DEFAULT_CHUNK_SIZE = 64
+
+_Chunk = tuple[Optional[Tensor], ...]
+
+
+def _remaining(decay: Tensor) -> Tensor:
+    """P[t, s] = decay_{s+1} ... decay_t for s <= t, 0 above. Shape: (..., C) -> (..., C, C).
+
+    Cumulative products of the factors themselves, not exponentials of differences of logarithms: exact when a factor
+    is 0, and no cancellation.
+    """
+    length = decay.size(-1)
+    below_diagonal = torch.ones(length, length, dtype=torch.bool, device=decay.device).tril(-1)
+    factors = torch.where(below_diagonal, decay[..., :, None], torch.ones_like(decay)[..., :, None])
+    return factors.cumprod(dim=-2).tril()
+
+
+def _advance(
+    q: Optional[Tensor],
+    k: Tensor,
+    v: Tensor,
+    write: Optional[Tensor],
+    erase: Optional[Tensor],
+    decay: Optional[Tensor],
+    memory: Tensor,
+) -> tuple[Optional[Tensor], Tensor]:
+    """One chunk: read-outs (None without queries) and the memory after it. Differentiable torch code."""
+    remaining = None if decay is None else _remaining(decay)
+    from_start = None if decay is None else decay.cumprod(dim=-1)
+
+    values = v if write is None else v * write[..., None]
+    if erase is not None:
+        overlap = k @ k.transpose(-1, -2)
+        if remaining is not None:
+            overlap = overlap * remaining
+        retrieved = k @ memory
+        old = erase if from_start is None else erase * from_start
+        # solve_triangular reads the strict lower triangle only: the unit diagonal is implied.
+        values = torch.linalg.solve_triangular(
+            overlap * erase[..., None], values - retrieved * old[..., None], upper=False, unitriangular=True
+        )
+
+    out = None
+    if q is not None:
+        scores = q @ k.transpose(-1, -2)
+        scores = scores.tril() if remaining is None else scores * remaining
+        from_memory = q @ memory
+        if from_start is not None:
+            from_memory = from_memory * from_start[..., None]
+        out = from_memory + scores @ values
+
+    if remaining is not None and from_start is not None:
+        values = values * remaining[..., -1, :, None]
+        memory = memory * from_start[..., -1, None, None]
+    return out, memory + k.transpose(-1, -2) @ values
+
+
+class _ChunkwiseScan(torch.autograd.Function):
+    """Chunk after chunk; saves the inputs and the memories at chunk borders."""
+
+    @staticmethod
+    def forward(ctx, chunk_size, q, k, v, write, erase, decay, initial_state):  # type: ignore[no-untyped-def]
+        sequences = (q, k, v, write, erase, decay)
+        length = k.size(2)
+        out = None if q is None else v.new_empty(v.shape)
+        borders = [initial_state]
+        for start in range(0, length, chunk_size):
+            chunk = _cut(sequences, start, chunk_size)
+            read, memory = _advance(*chunk, borders[-1])
+            if out is not None:
+                out[:, :, start : start + chunk_size] = read
+            borders.append(memory)
+        ctx.chunk_size = chunk_size
+        ctx.save_for_backward(*sequences, *borders[:-1])
+        # A final state that is the initial one (L = 0) must not be the same tensor as an input.
+        return out, borders[-1] if length else initial_state.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_memory):  # type: ignore[no-untyped-def]
+        sequences, borders = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        wanted = ctx.needs_input_grad[1:7]
+        grads = [torch.empty_like(x) if x is not None and want else None for x, want in zip(sequences, wanted)]
+        for index in reversed(range(len(borders))):
+            start = index * ctx.chunk_size
+            chunk = [None if x is None else x.detach() for x in _cut(sequences, start, ctx.chunk_size)]
+            memory = borders[index].detach().requires_grad_()
+            inputs = [x.requires_grad_() for x, want in zip(chunk, wanted) if x is not None and want]
+            with torch.enable_grad():
+                read, next_memory = _advance(*chunk, memory)
+            outputs, output_grads = [next_memory], [grad_memory]
+            if read is not None:
+                outputs.append(read)
+                output_grads.append(grad_out[:, :, start : start + ctx.chunk_size])
+            *chunk_grads, grad_memory = torch.autograd.grad(outputs, [*inputs, memory], output_grads)
+            for grad in grads:
+                if grad is not None:
+                    grad[:, :, start : start + ctx.chunk_size] = chunk_grads.pop(0)
+        return (None, *grads, grad_memory)
+
+
+def _cut(sequences: _Chunk, start: int, size: int) -> _Chunk:
+    return tuple(None if x is None else x[:, :, start : start + size] for x in sequences)
+
+
+def scan(
+    q: Optional[Tensor],
+    k: Tensor,
+    v: Tensor,
+    write: Optional[Tensor],
+    erase: Optional[Tensor],
+    decay: Optional[Tensor],
+    initial_state: Tensor,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+) -> tuple[Optional[Tensor], Tensor]:
+    """Same contract as ``token_loop.scan``, for any length and any chunk size from 1 up."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk size is {chunk_size}, it must be at least 1")
+    if q is None and erase is None:
+        # Only the sum of writes is wanted: one product over the whole sequence, no C x C matrix to bound.
+        return None, _sum_of_writes(k, v, write, decay, initial_state)
+    return _ChunkwiseScan.apply(chunk_size, q, k, v, write, erase, decay, initial_state)
+
+
+def _sum_of_writes(k: Tensor, v: Tensor, write: Optional[Tensor], decay: Optional[Tensor], memory: Tensor) -> Tensor:
+    """W_L = g_L W_0 + Σ_s P[L, s] write_s k_s ⊗ v_s."""
+    scale = write
+    if decay is not None:
+        # Remaining share of each write at the end: products of all later factors.
+        later = torch.cat([decay[..., 1:], torch.ones_like(decay[..., :1])], dim=-1)
+        left = later.flip(-1).cumprod(dim=-1).flip(-1)
+        scale = left if scale is None else scale * left
+        memory = memory * decay.prod(dim=-1)[..., None, None]
+    values = v if scale is None else v * scale[..., None]
+    return memory + k.transpose(-1, -2) @ values

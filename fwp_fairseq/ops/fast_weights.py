@@ -1,0 +1,158 @@
+"""The public operators on fast-weight memories. Layout: batch B, heads H, time L, features D.
+
+They check shapes, promote to the state's type, and pick a backend; the mathematics is in ``token_loop`` (the
+definition) and ``chunkwise`` (parallel over time). ``update_rules`` says which scalars make which rule.
+"""
+
+from typing import Any, Callable, Optional
+
+import torch
+from torch import Tensor
+
+from fwp_fairseq.ops import chunkwise, token_loop
+from fwp_fairseq.ops.numerics import state_dtype
+
+_Scan = Callable[..., tuple[Optional[Tensor], Tensor]]
+
+# A compiled backend joins the package, its checks and its contract tests by adding one entry.
+BACKENDS: dict[str, _Scan] = {"loop": token_loop.scan, "chunk": chunkwise.scan}
+
+
+def fast_weight_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    write: Optional[Tensor] = None,
+    erase: Optional[Tensor] = None,
+    decay: Optional[Tensor] = None,
+    *,
+    initial_state: Optional[Tensor] = None,
+    backend: str = "auto",
+    max_norm: Optional[float] = None,
+    chunk_size: Optional[int] = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal fast weights: write each token, then read with its query (eq. 17-25, without normalisation).
+
+        v̄_t = decay_t W_{t-1}ᵀ k_t
+        W_t = decay_t W_{t-1} + k_t ⊗ (write_t v_t − erase_t v̄_t)
+        o_t = W_tᵀ q_t
+
+    q, k: (B, H, L, Dk), v: (B, H, L, Dv), any float type. write, erase, decay: (B, H, L), or None for 1, 0 and 1.
+    initial_state: (B, H, Dk, Dv), or None for zero. Differentiable in every tensor, also through the final state.
+
+    backend: "loop" (the definition, one token at a time), "chunk" (parallel over time), or "auto".
+    max_norm: after each write scale W down to this Frobenius norm if it is larger (1 for FWM); needs the loop.
+    chunk_size: tokens per chunk of the "chunk" backend.
+
+    Returns out (B, H, L, Dv) in v's type and the final state (B, H, Dk, Dv) in float32 (float64 for float64 inputs).
+    Raises ValueError on shapes that do not fit, and on options that the backend does not have.
+    """
+    if q.shape != k.shape:
+        raise ValueError(f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}: they must be equal, (B, H, L, Dk)")
+    out, state = _run(q, k, v, write, erase, decay, initial_state, backend, max_norm, chunk_size)
+    assert out is not None  # there were queries
+    return out.to(v.dtype), state
+
+
+def fast_weight_memory(
+    k: Tensor,
+    v: Tensor,
+    write: Optional[Tensor] = None,
+    erase: Optional[Tensor] = None,
+    decay: Optional[Tensor] = None,
+    *,
+    initial_state: Optional[Tensor] = None,
+    backend: str = "auto",
+    max_norm: Optional[float] = None,
+    chunk_size: Optional[int] = None,
+) -> Tensor:
+    """The memory after all tokens are written: the final state of ``fast_weight_scan``, with nothing read on the way.
+
+    Arguments and errors are those of ``fast_weight_scan``. Every query reads the result as ``q @ state``.
+    Returns (B, H, Dk, Dv) in float32 (float64 for float64 inputs).
+    """
+    return _run(None, k, v, write, erase, decay, initial_state, backend, max_norm, chunk_size)[1]
+
+
+@torch.no_grad()
+def fast_weight_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    write: Optional[Tensor],
+    erase: Optional[Tensor],
+    decay: Optional[Tensor],
+    state: Tensor,
+    *,
+    max_norm: Optional[float] = None,
+) -> Tensor:
+    """One token of ``fast_weight_scan`` for decoding: updates ``state`` in place and returns what the query reads.
+
+    q, k: (B, H, Dk), v: (B, H, Dv), write, erase, decay: (B, H) or None, state: (B, H, Dk, Dv), float32 (float64 for
+    float64 inputs). Inference only: no gradient is recorded. Returns (B, H, Dv) in v's type.
+    """
+    dtype = _check(k[:, :, None], v[:, :, None], [None if g is None else g[..., None] for g in (write, erase, decay)])
+    if state.shape != (*k.shape, v.size(-1)) or state.dtype != dtype:
+        raise ValueError(
+            f"state is {tuple(state.shape)} {state.dtype}, it must be {(*k.shape, v.size(-1))} {dtype}: (B, H, Dk, Dv)"
+        )
+    gates = [None if gate is None else gate.to(dtype) for gate in (write, erase, decay)]
+    state.copy_(token_loop.write_token(state, k.to(dtype), v.to(dtype), *gates, max_norm=max_norm))
+    return token_loop.read_token(state, q.to(dtype)).to(v.dtype)
+
+
+def _run(
+    q: Optional[Tensor],
+    k: Tensor,
+    v: Tensor,
+    write: Optional[Tensor],
+    erase: Optional[Tensor],
+    decay: Optional[Tensor],
+    initial_state: Optional[Tensor],
+    backend: str,
+    max_norm: Optional[float],
+    chunk_size: Optional[int],
+) -> tuple[Optional[Tensor], Tensor]:
+    dtype = _check(k, v, [write, erase, decay])
+    state_shape = (k.size(0), k.size(1), k.size(3), v.size(3))
+    if initial_state is None:
+        initial_state = k.new_zeros(state_shape, dtype=dtype)
+    elif initial_state.shape != state_shape:
+        raise ValueError(
+            f"initial_state has shape {tuple(initial_state.shape)}, it must be {state_shape}: (B, H, Dk, Dv)"
+        )
+    name = choose_backend(backend, max_norm)
+    options: dict[str, Any] = {}
+    if name == "loop" and max_norm is not None:
+        options["max_norm"] = max_norm
+    if name == "chunk" and chunk_size is not None:
+        options["chunk_size"] = chunk_size
+    inputs = (None if x is None else x.to(dtype) for x in (q, k, v, write, erase, decay, initial_state))
+    return BACKENDS[name](*inputs, **options)
+
+
+def choose_backend(backend: str, max_norm: Optional[float] = None) -> str:
+    """Name of the backend that runs. Raises ValueError for an unknown one and for ``max_norm`` without the loop."""
+    if backend == "auto":
+        return "chunk" if max_norm is None else "loop"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, allowed are {', '.join(['auto', *BACKENDS])}")
+    if max_norm is not None and backend != "loop":
+        raise ValueError(f"backend is {backend!r}, but renormalising after each write (FWM) needs 'loop' or 'auto'")
+    return backend
+
+
+def _check(k: Tensor, v: Tensor, gates: list[Optional[Tensor]]) -> torch.dtype:
+    """Raise ValueError unless shapes and types fit; return the type of the state."""
+    if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}: they must be (B, H, L, Dk) and (B, H, L, Dv)"
+        )
+    if not k.is_floating_point() or not v.is_floating_point():
+        raise ValueError(f"k is {k.dtype} and v {v.dtype}: both must be floating-point")
+    for name, gate in zip(("write", "erase", "decay"), gates):
+        if gate is not None and gate.shape != k.shape[:3]:
+            raise ValueError(
+                f"{name} has shape {tuple(gate.shape)}, it must be (B, H, L) = {tuple(k.shape[:3])}, or None"
+            )
+    return state_dtype(torch.promote_types(k.dtype, v.dtype))

@@ -1,0 +1,107 @@
+"""Feature maps: what turns a key or a query into the vector that addresses the fast-weight memory.
+
+All maps act on the last dimension and give non-negative features. ``elu_plus_one`` is equation 30 of the paper, FAVOR+
+equations 31-32 (Choromanski et al., 2021), DPFP equation 37 and appendix C, sum normalisation equation 29. The paper
+is Schlag, Irie and Schmidhuber, "Linear Transformers Are Secretly Fast Weight Programmers", ICML 2021.
+"""
+
+import math
+from typing import Callable, Optional
+
+import torch
+from torch import Tensor
+
+from fwp_fairseq.ops.numerics import smallest_divisor, state_dtype
+
+# exp() of a larger exponent would leave float32's range once two features are multiplied and summed.
+_LARGEST_EXPONENT = 40.0
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """ELU(x) + 1: x + 1 where x > 0, exp(x) elsewhere (eq. 30). Shape: (..., d_key) -> (..., d_key).
+
+    The exponential is taken directly rather than as expm1(x) + 1, which loses every digit for very negative x.
+    """
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+def dpfp(x: Tensor, nu: int = 1) -> Tensor:
+    """Deterministic parameter-free projection (eq. 37). Shape: (..., d_key) -> (..., 2 * d_key * nu).
+
+    With u = relu([x; -x]), feature block j is u * roll(u, j) for j = 1..nu. Raises ValueError unless
+    1 <= nu <= 2 * d_key - 1: a roll by 2 * d_key would be no roll.
+    """
+    d_key = x.size(-1)
+    if not 1 <= nu <= 2 * d_key - 1:
+        raise ValueError(f"dpfp: nu is {nu}, allowed is 1 to 2 * d_key - 1 = {2 * d_key - 1}")
+    u = torch.cat([x, -x], dim=-1).relu()
+    return torch.cat([u * u.roll(shift, dims=-1) for shift in range(1, nu + 1)], dim=-1)
+
+
+def draw_favor_projection(
+    d_key: int,
+    m: int,
+    *,
+    device: Optional[torch.device] = None,
+    dtype: Optional[torch.dtype] = None,
+    generator: Optional[torch.Generator] = None,
+) -> Tensor:
+    """Random matrix R of FAVOR+ (eq. 31-32). Shape: (m, d_key).
+
+    Every row is distributed as N(0, I); rows are orthogonal within each block of d_key rows, which lowers the variance
+    of the softmax-kernel estimate. Directions come from the QR decomposition of a Gaussian matrix, lengths from
+    independent Gaussian vectors.
+    """
+    if d_key < 1 or m < 1:
+        raise ValueError(f"draw_favor_projection: d_key is {d_key} and m is {m}, both must be at least 1")
+    # QR exists in float32 and float64 only.
+    draw_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    options = {"device": device, "dtype": draw_dtype, "generator": generator}
+    blocks = []
+    for start in range(0, m, d_key):
+        q, r = torch.linalg.qr(torch.randn(d_key, d_key, **options))
+        # Without these signs the columns of q would lean to one side: QR fixes the signs by its own convention.
+        directions = q * r.diagonal().sign()
+        blocks.append(directions.T[: m - start])
+    lengths = torch.randn(m, d_key, **options).norm(dim=-1, keepdim=True)
+    return (torch.cat(blocks) * lengths).to(dtype or draw_dtype)
+
+
+def favor_plus(x: Tensor, projection: Tensor) -> Tensor:
+    """Positive random features of the softmax kernel (eq. 31-32). Shape: (..., d_key), (m, d_key) -> (..., 2 * m).
+
+    exp(-|x|^2 / 2) / sqrt(2 m) * [exp(R x); exp(-R x)], evaluated with one exponential so that neither factor can
+    overflow alone; exponents above 40 (features above 2e17) are cut off, to keep the sums that follow finite.
+    """
+    projected = x @ projection.T
+    half_square = x.square().sum(dim=-1, keepdim=True) / 2
+    exponent = torch.cat([projected, -projected], dim=-1) - half_square
+    return exponent.clamp(max=_LARGEST_EXPONENT).exp() / math.sqrt(2 * projection.size(0))
+
+
+def favor_plus_normalized(x: Tensor, projection: Tensor) -> Tensor:
+    """``sum_normalize(favor_plus(x, projection))`` as softmax([R x; -R x]). Shape: (..., d_key) -> (..., 2 * m).
+
+    The factor exp(-|x|^2 / 2) cancels, so this form can neither overflow nor divide by zero.
+    """
+    projected = x @ projection.T
+    return torch.cat([projected, -projected], dim=-1).softmax(dim=-1)
+
+
+def sum_normalize(x: Tensor) -> Tensor:
+    """x / sum(x) over the last dimension, for non-negative x (eq. 29). Shape: (..., D) -> (..., D). 0 maps to 0."""
+    return _divide(x, lambda y: y.sum(dim=-1, keepdim=True))
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """x / |x| over the last dimension. Shape: (..., D) -> (..., D). 0 maps to 0.
+
+    With unit keys and write strengths up to one, a delta-rule write is a contraction along the key (Yang et al., 2024).
+    """
+    return _divide(x, lambda y: y.square().sum(dim=-1, keepdim=True).clamp(min=smallest_divisor(y.dtype)).sqrt())
+
+
+def _divide(x: Tensor, divisor: Callable[[Tensor], Tensor]) -> Tensor:
+    # float16 has too small a range for sums of features and for a floor that does not bias them.
+    y = x.to(state_dtype(x.dtype))
+    return (y / divisor(y).clamp(min=smallest_divisor(y.dtype))).to(x.dtype)

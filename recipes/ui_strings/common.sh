@@ -1,0 +1,260 @@
+# What run.sh, translate.sh, compare.sh and lm.sh share: options, the virtual environment, steps that are done once.
+# To be sourced by them, with bash.
+
+set -euo pipefail
+
+recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repository=$(cd "$recipe/../.." && pwd)
+export PYTHONUTF8=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+say() { printf '== %s\n' "$*"; }
+
+fail() {
+    printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+    exit 1
+}
+
+# --- Options ---------------------------------------------------------------------------------------------------------
+# Each is a flag --some-name, an environment variable FWP_SOME_NAME (the flag wins) and, here, a shell variable
+# some_name. Kinds: flag (0 or 1), count (whole number, at least 1), number (whole number), text, or the allowed words.
+
+option_names=()
+option_kinds=()
+option_helps=()
+
+# option NAME KIND DEFAULT HELP: declare an option and take its value from the environment, or the default.
+option() {
+    local name=${1//-/_} environment
+    environment=FWP_$(printf %s "$name" | tr '[:lower:]' '[:upper:]')
+    option_names+=("$1")
+    option_kinds+=("$2")
+    case $2:$3 in
+    flag:* | *:) option_helps+=("$4") ;;
+    *) option_helps+=("$4 (default: $3)") ;;
+    esac
+    printf -v "$name" %s "${!environment-$3}"
+}
+
+print_options() {
+    local i kind
+    printf '\nOptions; each can be given as an environment variable too (FWP_EPOCHS for --epochs):\n'
+    for i in "${!option_names[@]}"; do
+        kind=${option_kinds[i]}
+        case $kind in
+        flag) kind= ;;
+        count | number) kind=' N' ;;
+        text) kind=' TEXT' ;;
+        *) kind=" {${kind// /,}}" ;;
+        esac
+        printf '  --%s%s\n      %s\n' "${option_names[i]}" "$kind" "${option_helps[i]}"
+    done
+}
+
+check_option() {
+    local name=$1 kind=$2 variable=${1//-/_} word
+    local value=${!variable}
+    case $kind in
+    flag) [[ $value == [01] ]] || fail "--$name is a switch; its environment variable is 0 or 1, not '$value'." ;;
+    count) [[ $value =~ ^[1-9][0-9]{0,8}$ ]] || fail "--$name is '$value', it must be a whole number of at least 1." ;;
+    number) [[ $value =~ ^[0-9]{1,9}$ ]] || fail "--$name is '$value', it must be a whole number." ;;
+    text) ;;
+    *)
+        for word in $kind; do
+            [[ $value != "$word" ]] || return 0
+        done
+        fail "--$name is '$value', allowed are: ${kind// /, }."
+        ;;
+    esac
+}
+
+# parse_options ARGUMENT...: set the declared options; leave other arguments in words=() and those after -- in extra=().
+parse_options() {
+    local argument name value i
+    words=()
+    extra=()
+    while (($#)); do
+        argument=$1
+        shift
+        case $argument in
+        -h | --help)
+            usage
+            print_options
+            exit 0
+            ;;
+        --)
+            extra=("$@")
+            break
+            ;;
+        --*)
+            name=${argument#--}
+            name=${name%%=*}
+            for i in "${!option_names[@]}" none; do
+                [[ $i == none || ${option_names[i]} != "$name" ]] || break
+            done
+            [[ $i != none ]] || fail "unknown option --$name (--help lists the options)."
+            if [[ ${option_kinds[i]} == flag ]]; then
+                [[ $argument != *=* ]] || fail "--$name takes no value."
+                value=1
+            elif [[ $argument == *=* ]]; then
+                value=${argument#*=}
+            else
+                (($#)) || fail "--$name needs a value."
+                value=$1
+                shift
+            fi
+            printf -v "${name//-/_}" %s "$value"
+            ;;
+        -?*) fail "unknown option $argument (--help lists the options)." ;;
+        *) words+=("$argument") ;;
+        esac
+    done
+    for i in "${!option_names[@]}"; do
+        check_option "${option_names[i]}" "${option_kinds[i]}"
+    done
+}
+
+# Options of every script here, and what they mean.
+common_options() {
+    option output text "$repository/outputs/ui_strings" "folder for everything that is made"
+    option python text "${PYTHON:-$(command -v python3.11 || echo python3)}" \
+        "Python 3.10 to 3.12 to make the virtual environment with; the environment variable PYTHON sets it too"
+    option venv text "" "folder of the virtual environment (default: OUTPUT/venv), or 'none': use --python as it is"
+    option threads text "" "processor threads to use (default: all cores)"
+}
+
+# Check the common options and move to the output folder, where all later paths start.
+enter_output() {
+    [[ -z $threads ]] || check_option threads count
+    [[ -n $output ]] || fail "--output is empty."
+    # fairseq reads a colon as the separator of several data folders.
+    [[ $output != *:* ]] || fail "--output $output has a colon in it, which fairseq cannot handle."
+    mkdir -p -- "$output" || fail "--output $output cannot be made."
+    output=$(cd -- "$output" && pwd)
+    command -v -- "$python" >/dev/null || fail "--python $python is not to be found."
+    [[ $python != */* || $python == /* ]] || python=$PWD/$python
+    [[ $venv == none || $venv == /* ]] || venv=${venv:+$PWD/$venv}
+    venv=${venv:-$output/venv}
+    cd -- "$output"
+    if [[ -n $threads ]]; then
+        export OMP_NUM_THREADS=$threads MKL_NUM_THREADS=$threads
+    fi
+}
+
+# --- Steps -----------------------------------------------------------------------------------------------------------
+
+# step MARKER ARTEFACT SETTINGS TITLE COMMAND...: run the command, unless it was done with these settings (the marker
+# file says so) and the artefact is still there. The marker is written last: an interrupted step is done again.
+step() {
+    local marker=$1 artefact=$2 settings=$3 title=$4
+    shift 4
+    if [[ -e $artefact && -f $marker && $(<"$marker") == "$settings" ]]; then
+        say "$title: done before"
+        return
+    fi
+    say "$title"
+    mkdir -p -- "$(dirname -- "$marker")"
+    rm -f -- "$marker"
+    "$@"
+    printf '%s\n' "$settings" >"$marker.new"
+    mv -- "$marker.new" "$marker"
+}
+
+# fingerprint FILE...: a short digest of the contents, in the order given.
+fingerprint() {
+    "$python" - "$@" <<'END'
+import hashlib, pathlib, sys
+digests = [hashlib.sha256(pathlib.Path(name).read_bytes()).hexdigest() for name in sys.argv[1:]]
+print(hashlib.sha256("".join(digests).encode()).hexdigest()[:16])
+END
+}
+
+# --- Environment -----------------------------------------------------------------------------------------------------
+
+install() {
+    "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
+        fail "--python $python is $("$python" --version 2>&1), needed is Python 3.10 to 3.12."
+    "$python" -m venv --clear -- "$venv"
+    # From inside the clone: pip takes a path with an extra only if nothing in the path is special to it.
+    (cd -- "$repository" && "$venv/bin/python" -m pip install -c constraints.txt -r recipes/ui_strings/requirements.txt \
+        -e ".[fairseq]")
+}
+
+# Make sure that $python has everything installed, and that $user_dir is fairseq's --user-dir.
+enter_environment() {
+    if [[ $venv != none ]]; then
+        local files=("$repository"/{setup.py,pyproject.toml,constraints.txt} "$recipe/requirements.txt")
+        step "$venv/.installed" "$venv/bin/python" "$("$python" --version 2>&1) $(fingerprint "${files[@]}")" \
+            "virtual environment and packages" install
+        python=$venv/bin/python
+    fi
+    user_dir=$(cd -- "$repository" && "$python" -m fwp_fairseq)
+}
+
+# fairseq TOOL ARGUMENT...: fairseq-TOOL, not through its script: a script's first line cannot name every path.
+fairseq() {
+    local tool=$1
+    shift
+    "$python" -m "fairseq_cli.$tool" "$@"
+}
+
+# Sets device=(): --cpu where there is no CUDA device.
+find_device() {
+    device=(--user-dir "$user_dir")
+    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || device+=(--cpu)
+}
+
+# --- Fast weights ----------------------------------------------------------------------------------------------------
+
+# fast_weight_options RULE FEATURE_MAP NU ATTENTION_NORMALIZATION: declare the options of the attention.
+fast_weight_options() {
+    option rule "sum delta gated gated-delta fwm" "$1" "update rule of the fast weights"
+    option feature-map "elu favor dpfp tanh" "$2" "feature map of keys and queries"
+    option dpfp-nu count "$3" "nu of DPFP"
+    option favor-features count 64 "m of FAVOR+"
+    option key-normalization "sum l2 none" sum "how feature-mapped keys and queries are scaled"
+    option attention-normalization flag "$4" "divide what is read by the accumulated keys"
+}
+
+# Sets attention=(), the flags of the fast-weight options for fairseq-train.
+fast_weight_flags() {
+    attention=(--update-rule "$rule" --feature-map "$feature_map" --key-normalization "$key_normalization")
+    case $feature_map in
+    dpfp) attention+=(--dpfp-nu "$dpfp_nu") ;;
+    favor) attention+=(--favor-features "$favor_features") ;;
+    esac
+    ((!attention_normalization)) || attention+=(--attention-normalization)
+}
+
+# check_attention WIDTH HEADS: let the package say, before any work is done, whether it can build such an attention.
+check_attention() {
+    (cd -- "$repository" && "$python" - "$@" "$rule" "$feature_map" "$key_normalization" "$dpfp_nu" \
+        "$favor_features" "$attention_normalization") <<'END' || exit 1
+import sys
+from fwp_fairseq.modules import FastWeightConfig
+width, heads, rule, feature_map, key_normalization, nu, features, normalize = sys.argv[1:]
+config = FastWeightConfig(
+    update_rule=rule, feature_map=feature_map, key_normalization=key_normalization,
+    dpfp_nu=int(nu), favor_features=int(features), attention_normalization=normalize == "1",
+)
+try:
+    config.check(int(width), int(heads), "decoder")
+except ValueError as error:
+    sys.exit(str(error).replace("--update-rule", "--rule"))
+END
+}
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+# train FOLDER ARGUMENT...: fairseq-train into FOLDER/checkpoint_*.pt, going on from the last epoch that is there.
+train() {
+    local folder=$1
+    shift
+    mkdir -p -- "$folder"
+    # Killed while it copied its checkpoint, fairseq would find half a file and stop.
+    if [[ -e $folder/checkpoint_last.pt ]] && ! "$python" -m zipfile --test "$folder/checkpoint_last.pt" &>/dev/null; then
+        rm -- "$folder/checkpoint_last.pt"
+    fi
+    fairseq train "$@" "${device[@]}" --save-dir "$folder" --no-epoch-checkpoints --seed "$seed" --max-epoch "$epochs" \
+        --num-workers 0 --log-format simple --log-interval 50 2>&1 | tee -a -- "$folder/train.log"
+    [[ -e $folder/checkpoint_best.pt ]] || fail "training ended without a checkpoint; see $output/$folder/train.log."
+}

@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# English-German translation of user-interface strings, from nothing to a BLEU score. See README.md, or --help.
+
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+# The attention that is trained unless options say otherwise.
+default_rule=delta
+default_feature_map=dpfp
+default_dpfp_nu=1
+default_attention_normalization=0
+default_encoder_self_attention=fast-weight
+default_decoder_self_attention=fast-weight
+default_cross_attention=fast-weight
+
+# The model and its training, the same for every attention.
+width=128
+heads=4
+training=(
+    --task translation --source-lang en --target-lang de --arch fwp_transformer
+    --encoder-layers 2 --encoder-embed-dim "$width" --encoder-ffn-embed-dim 512 --encoder-attention-heads "$heads"
+    --decoder-layers 2 --decoder-embed-dim "$width" --decoder-ffn-embed-dim 512 --decoder-attention-heads "$heads"
+    --share-all-embeddings --dropout 0.3
+    --optimizer adam --adam-betas '(0.9, 0.98)' --lr 3e-3 --lr-scheduler inverse_sqrt --warmup-updates 400
+    --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 2048
+)
+beam=5
+
+usage() {
+    cat <<END
+Usage: bash run.sh [OPTION]... [-- FAIRSEQ_TRAIN_OPTION...]
+
+Collect English-German user-interface strings, train a translation model on them, and score it on held-out strings.
+What is done already is not done again. The last line is BLEU = NN.N.
+END
+}
+
+common_options
+option cache text "${XDG_CACHE_HOME:-$HOME/.cache}/fwp-fairseq/wheels" "folder for downloaded wheels"
+option wheels text "" "take the strings from the wheels in this folder, download none"
+option vocab-size count 4000 "pieces of the sentencepiece vocabulary that both languages share"
+option valid-size count 500 "pairs for validation"
+option test-size count 500 "pairs for the score"
+fast_weight_options "$default_rule" "$default_feature_map" "$default_dpfp_nu" "$default_attention_normalization"
+places="softmax fast-weight"
+option encoder-self-attention "$places" "$default_encoder_self_attention" "attention within the encoder"
+option decoder-self-attention "$places" "$default_decoder_self_attention" "causal attention within the decoder"
+option cross-attention "$places" "$default_cross_attention" "attention of the decoder to the encoder"
+option softmax flag 0 "softmax in all three places: the baseline"
+option epochs count 20 "passes over the training pairs"
+option seed number 1 "seed of initialisation, order of batches and dropout"
+option model text "" "name of the trained model, a folder in OUTPUT/models (default: made from the settings)"
+option data-only flag 0 "stop before the training"
+parse_options "$@"
+((!${#words[@]})) || fail "unexpected argument '${words[0]}' (--help lists the options)."
+[[ $model =~ ^[A-Za-z0-9._-]*$ && $model != .* ]] || fail "--model is '$model', allowed are letters, digits, . _ and -."
+[[ -z $wheels || -d $wheels ]] || fail "--wheels $wheels is not a folder."
+[[ -z $wheels ]] || wheels=$(cd -- "$wheels" && pwd)
+[[ $cache == /* ]] || cache=$PWD/$cache
+if ((softmax)); then
+    encoder_self_attention=softmax decoder_self_attention=softmax cross_attention=softmax
+fi
+enter_output
+enter_environment
+
+# --- The attention ---------------------------------------------------------------------------------------------------
+
+flags=()
+name=softmax
+if [[ "$encoder_self_attention $decoder_self_attention $cross_attention" == *fast-weight* ]]; then
+    check_attention "$width" "$heads"
+    fast_weight_flags
+    flags=("${attention[@]}")
+    name=$rule-$feature_map
+fi
+flags+=(--encoder-self-attention "$encoder_self_attention" --decoder-self-attention "$decoder_self_attention"
+    --cross-attention "$cross_attention" ${extra[@]+"${extra[@]}"})
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+collect() {
+    local source=(--cache "$cache")
+    [[ -z $wheels ]] || source=(--wheels "$wheels")
+    "$python" "$recipe/collect.py" "${source[@]}" --output corpus --valid-size "$valid_size" --test-size "$test_size"
+}
+
+make_text() {
+    local part language
+    mkdir -p text
+    "$python" "$recipe/subwords.py" learn --model text/spm --size "$vocab_size" corpus/train.en corpus/train.de
+    for part in train valid test; do
+        for language in en de; do
+            "$python" "$recipe/subwords.py" encode --model text/spm.model "corpus/$part.$language" "text/$part.$language"
+        done
+    done
+}
+
+make_binary() {
+    rm -rf data-bin data-bin.new
+    fairseq preprocess --user-dir "$user_dir" --source-lang en --target-lang de --joined-dictionary --workers 1 \
+        --trainpref text/train --validpref text/valid --testpref text/test --destdir data-bin.new >/dev/null
+    mv data-bin.new data-bin
+}
+
+sources=("$recipe/packages.tsv")
+if [[ -n $wheels ]]; then
+    compgen -G "$wheels/*.whl" >/dev/null || fail "--wheels $wheels holds no .whl file."
+    sources=("$wheels"/*.whl)
+fi
+step steps/corpus corpus/corpus.json \
+    "$(fingerprint "$recipe/collect.py" "${sources[@]}") valid $valid_size test $test_size" "collecting strings" collect
+corpus=$(fingerprint corpus/corpus.json)
+step steps/text text/spm.model "$corpus pieces $vocab_size" "sentencepiece vocabulary" make_text
+step steps/data-bin data-bin/dict.en.txt "$corpus pieces $vocab_size" "fairseq-preprocess" make_binary
+((!data_only)) || exit 0
+
+# --- Training and score ----------------------------------------------------------------------------------------------
+
+# All that decides what is trained. A model of the same name with other settings is trained anew.
+settings=$(printf '%s\n' "corpus $corpus, $vocab_size pieces" "epochs $epochs, seed $seed" "${training[*]}" "${flags[*]}")
+printf '%s\n' "$settings" >"settings.$$"
+folder=models/${model:-$name-seed$seed-$(fingerprint "settings.$$")}
+if [[ -d $folder ]] && ! cmp -s "settings.$$" "$folder/settings"; then
+    say "replacing $folder, which was trained with other settings"
+    rm -rf -- "$folder"
+fi
+mkdir -p -- "$folder"
+mv -- "settings.$$" "$folder/settings"
+
+train_model() {
+    find_device
+    # A model folder holds all that translate.sh needs, whatever becomes of the data.
+    cp text/spm.model data-bin/dict.en.txt data-bin/dict.de.txt "$folder/"
+    train "$folder" data-bin "${training[@]}" "${flags[@]}"
+}
+
+translate_test() {
+    find_device
+    fairseq generate data-bin "${device[@]}" --path "$folder/checkpoint_best.pt" --gen-subset test --beam "$beam" \
+        --batch-size 100 --remove-bpe sentencepiece --scoring sacrebleu --log-format none >"$folder/test.out.new"
+    mv -- "$folder/test.out.new" "$folder/test.out"
+    "$python" "$recipe/report.py" result "$folder"
+}
+
+step "$folder/.trained" "$folder/checkpoint_best.pt" "$settings" "training $folder" train_model
+step "$folder/.scored" "$folder/result.json" "$settings, beam $beam" "translating the test strings" translate_test
+printf '%s\n' "$folder" >"latest.$$"
+mv -- "latest.$$" latest
+
+say "model: $output/$folder"
+"$python" "$recipe/report.py" samples "$folder"

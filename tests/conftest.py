@@ -1,0 +1,94 @@
+"""What several test files share: running fairseq's commands, and a small corpus for them."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch, and for the commands too: the tensors of the tests are too small to share among threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def find_script(name: str) -> str:
+    """Path of a console script of the Python that runs the tests."""
+    script = shutil.which(name, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
+    assert script is not None, f"{name} is not installed"
+    return script
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """Run a command in the clone; its output is text, and status 0 is asserted unless ``check`` is False.
+
+    The command is a console script and its arguments, or ``python`` and its arguments.
+    """
+
+    def run(
+        command: str, *args: object, check: bool = True, stdin: str = "", cwd: Path = ROOT, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        program = sys.executable if command == "python" else find_script(command)
+        result = subprocess.run(
+            [program, *map(str, args)],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+        )
+        assert not check or result.returncode == 0, f"{result.args}\n{result.stdout}\n{result.stderr}"
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def side_by_side() -> Callable[..., list[subprocess.CompletedProcess[str]]]:
+    """Run thunks two at a time, since most of the time of a command is its start on one core; results in order."""
+
+    def side_by_side(*thunks: Run) -> list[subprocess.CompletedProcess[str]]:
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(lambda thunk: thunk(), thunks))
+
+    return side_by_side
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus in two artificial languages, binarised: a word has one translation, and the word order is reversed."""
+
+    text: Path
+    translation: Path
+    language_model: Path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, run: Run, side_by_side: Callable[..., object]) -> Corpus:
+    """2,000 sentences to train on and 50 each to validate and test, of 2 to 6 words out of 20, drawn with a seed."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(1)
+    words = [consonant + vowel for consonant in "bdgk" for vowel in "aeiou"]
+    for split, size in {"train": 2000, "valid": 50, "test": 50}.items():
+        sentences = [draw.choices(words, k=draw.randint(2, 6)) for _ in range(size)]
+        (folder / f"{split}.a").write_text("".join(" ".join(s) + "\n" for s in sentences))
+        (folder / f"{split}.b").write_text("".join(" ".join(s[::-1]).upper() + "\n" for s in sentences))
+    splits = [f"--{split}pref={folder / split}" for split in ("train", "valid", "test")]
+    texts = [f"--{split}pref={folder / split}.a" for split in ("train", "valid", "test")]
+    made = Corpus(folder, folder / "translation", folder / "language_model")
+    side_by_side(
+        lambda: run("fairseq-preprocess", "-s", "a", "-t", "b", *splits, "--destdir", made.translation),
+        lambda: run("fairseq-preprocess", "--only-source", *texts, "--destdir", made.language_model),
+    )
+    return made

@@ -1,0 +1,280 @@
+"""The contract of every backend of the fast-weight operators, against the float64 token loop.
+
+A backend joins by its entry in ``BACKENDS``.
+"""
+
+import subprocess
+import sys
+from typing import Optional
+
+import pytest
+import torch
+from fwp_fairseq.ops import BACKENDS, fast_weight_memory, fast_weight_scan, fast_weight_step
+from fwp_fairseq.ops.chunkwise import DEFAULT_CHUNK_SIZE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+backends = pytest.mark.parametrize("backend", sorted(BACKENDS))
+# What each rule of the table uses of (write, erase, decay).
+rules = pytest.mark.parametrize(
+    "uses", [(False, False, False), (True, True, False), (True, False, True), (True, True, True), (False, False, True)]
+)
+
+Inputs = dict[str, Optional[Tensor]]
+
+# (B, H, L, Dk, Dv): one token, a length below, at and just above a chunk, several chunks, Dk ≠ Dv, one head.
+SHAPES = [
+    (2, 3, 1, 4, 5),
+    (1, 1, DEFAULT_CHUNK_SIZE, 8, 8),
+    (2, 1, DEFAULT_CHUNK_SIZE + 1, 3, 9),
+    (1, 2, 2 * DEFAULT_CHUNK_SIZE + 22, 16, 1),
+    (1, 2, 7, 1, 3),
+]
+
+
+def make_inputs(shape: tuple[int, ...], uses: tuple[bool, bool, bool], dtype: torch.dtype, seed: int = 0) -> Inputs:
+    """Random inputs with keys of sum one, as the rules need them to stay bounded, and a non-zero initial state."""
+    b, h, length, d_k, d_v = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*size: int) -> Tensor:
+        return torch.rand(*size, dtype=torch.float64, generator=generator).to(dtype)
+
+    gates = {n: uniform(b, h, length) if used else None for n, used in zip(("write", "erase", "decay"), uses)}
+    return {
+        "q": uniform(b, h, length, d_k),
+        "k": uniform(b, h, length, d_k).softmax(dim=-1),
+        "v": uniform(b, h, length, d_v) - 0.5,
+        **gates,
+        "initial_state": uniform(b, h, d_k, d_v).to(torch.promote_types(dtype, torch.float32)),
+    }
+
+
+def results(inputs: Inputs, backend: str, **options: int) -> dict[str, Tensor]:
+    """Read-outs, final states and all gradients of one fixed function of them, in float64."""
+    leaves = {n: None if x is None else x.detach().requires_grad_() for n, x in inputs.items()}
+    sequences = {n: x for n, x in leaves.items() if n != "initial_state"}
+    state_in = leaves["initial_state"]
+    out, state = fast_weight_scan(**sequences, initial_state=state_in, backend=backend, **options)  # type: ignore
+    del sequences["q"]
+    memory = fast_weight_memory(**sequences, initial_state=state_in, backend=backend, **options)  # type: ignore
+    loss = out.double().sin().sum() + state.double().cos().sum() + memory.double().square().sum()
+    wanted = {n: x for n, x in leaves.items() if x is not None}
+    gradients = torch.autograd.grad(loss, list(wanted.values()))
+    named = {f"d_{name}": gradient for name, gradient in zip(wanted, gradients)}
+    return {"out": out, "state": state, "memory": memory, **named}
+
+
+def assert_agree(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        scale = max(1.0, expected[name].abs().max().item())
+        error = (value.double() - expected[name].double()).abs().max().item()
+        assert error <= tolerance * scale, f"{name}: error {error:.1e}, scale {scale:.1e}"
+
+
+@backends
+@rules
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_values_and_gradients_agree_with_the_float64_loop(backend, uses, shape, dtype, tolerance):
+    inputs = make_inputs(shape, uses, dtype)
+    exact = results({n: None if x is None else x.double() for n, x in inputs.items()}, "loop")
+    assert_agree(results(inputs, backend), exact, tolerance)
+
+
+@backends
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_half_precision_inputs_accumulate_in_float32_and_return_their_type(backend, dtype, tolerance):
+    inputs = make_inputs((1, 2, 150, 8, 8), (True, True, False), dtype)
+    actual = results(inputs, backend)
+    assert actual["out"].dtype == dtype and actual["state"].dtype == torch.float32
+    exact = results({n: None if x is None else x.double() for n, x in inputs.items()}, "loop")
+    assert_agree({"state": actual["state"], "memory": actual["memory"]}, {n: exact[n] for n in ("state", "memory")}, 1e-5)
+    assert_agree(actual, exact, tolerance)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9)),
+    uses=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    chunk_size=st.integers(1, 41),
+    seed=st.integers(0, 2**20),
+)
+def test_any_chunk_size_gives_the_same_result(shape, uses, chunk_size, seed):
+    inputs = make_inputs(shape, uses, torch.float64, seed)
+    assert_agree(results(inputs, "chunk", chunk_size=chunk_size), results(inputs, "loop"), 1e-11)
+
+
+@backends
+@rules
+def test_gradients_pass_gradcheck(backend, uses):
+    inputs = {n: x for n, x in make_inputs((1, 2, 6, 3, 2), uses, torch.float64).items() if x is not None}
+
+    def scan(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        named = dict(zip(inputs, tensors))
+        state = named.pop("initial_state")
+        return fast_weight_scan(**named, initial_state=state, backend=backend)
+
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    torch.autograd.gradcheck(scan, leaves)
+
+
+@backends
+@rules
+@pytest.mark.parametrize("border", [1, 30, 64, 99])
+def test_scan_of_a_concatenation_continues_from_the_state_of_its_first_part(backend, uses, border):
+    inputs = make_inputs((2, 2, 100, 5, 4), uses, torch.float64)
+    state = inputs.pop("initial_state")
+    whole, final = fast_weight_scan(**inputs, initial_state=state, backend=backend)
+    parts = []
+    for part in (slice(0, border), slice(border, None)):
+        cut = {n: None if x is None else x[:, :, part] for n, x in inputs.items()}
+        out, state = fast_weight_scan(**cut, initial_state=state, backend=backend)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole)
+    torch.testing.assert_close(state, final)
+
+
+@backends
+@rules
+def test_steps_equal_the_scan(backend, uses):
+    inputs = make_inputs((2, 3, 20, 6, 4), uses, torch.float64)
+    initial = inputs.pop("initial_state")
+    whole, final = fast_weight_scan(**inputs, initial_state=initial, backend=backend)
+    state = initial.clone()
+    for t in range(20):
+        out = fast_weight_step(*(None if x is None else x[:, :, t] for x in inputs.values()), state)
+        torch.testing.assert_close(out, whole[:, :, t])
+    torch.testing.assert_close(state, final)
+
+
+@backends
+def test_non_contiguous_and_expanded_inputs_are_read_correctly(backend):
+    inputs = make_inputs((2, 3, 40, 4, 6), (True, True, True), torch.float64)
+    odd = {n: x.transpose(-1, -2).contiguous().transpose(-1, -2) for n, x in inputs.items() if x is not None}
+    odd["k"] = odd["k"][:1].expand(2, -1, -1, -1)
+    plain = {n: x.contiguous() for n, x in odd.items()}
+    assert_agree(results(odd, backend), results(plain, "loop"), 1e-12)
+
+
+@backends
+def test_a_token_with_write_0_erase_0_decay_1_changes_nothing(backend):
+    inputs = make_inputs((1, 2, 90, 4, 3), (True, True, True), torch.float64)
+    state = inputs.pop("initial_state")
+    padded = torch.zeros(90, dtype=torch.bool)
+    padded[[0, 1, 2, 30, 64, 65, 88, 89]] = True
+    neutral = {"write": 0.0, "erase": 0.0, "decay": 1.0}
+    masked = {n: x.masked_fill(padded, neutral[n]) if n in neutral else x for n, x in inputs.items()}
+    short = {n: x[:, :, ~padded] for n, x in inputs.items()}
+    out, final = fast_weight_scan(**masked, initial_state=state, backend=backend)
+    expected, expected_final = fast_weight_scan(**short, initial_state=state, backend=backend)
+    torch.testing.assert_close(out[:, :, ~padded], expected)
+    torch.testing.assert_close(final, expected_final)
+
+
+@backends
+@pytest.mark.parametrize("erase", [False, True])
+def test_a_decay_of_zero_forgets_everything_with_finite_gradients(backend, erase):
+    inputs = make_inputs((1, 1, 70, 4, 3), (True, erase, True), torch.float64)
+    inputs["decay"][:, :, [3, 4, 64]] = 0.0
+    actual = results(inputs, backend)
+    assert all(torch.isfinite(x).all() for x in actual.values())
+    assert_agree(actual, results(inputs, "loop"), 1e-12)
+    assert actual["d_initial_state"].abs().max() > 0  # the tokens before the first zero do read it
+
+
+@backends
+def test_gradients_flow_only_where_they_are_wanted(backend):
+    inputs = make_inputs((1, 1, 70, 4, 3), (True, True, False), torch.float64)
+    state = inputs.pop("initial_state")
+    inputs["v"].requires_grad_()
+    fast_weight_scan(**inputs, initial_state=state, backend=backend)[0].sum().backward()
+    assert inputs["v"].grad is not None and inputs["k"].grad is None
+    frozen = {n: None if x is None else x.detach() for n, x in inputs.items()}
+    out, _ = fast_weight_scan(**frozen, initial_state=state.requires_grad_(), backend=backend)
+    (grad,) = torch.autograd.grad(out.sum(), state)
+    assert grad.abs().sum() > 0
+
+
+def test_the_initial_state_is_not_changed_and_not_shared():
+    inputs = make_inputs((1, 1, 3, 2, 2), (True, True, False), torch.float32)
+    state = inputs.pop("initial_state")
+    before = state.clone()
+    for backend in BACKENDS:
+        _, final = fast_weight_scan(**inputs, initial_state=state, backend=backend)
+        final.zero_()
+        assert torch.equal(state, before)
+
+
+def test_renormalisation_bounds_the_memory_and_is_the_loop_only():
+    inputs = make_inputs((1, 2, 30, 4, 3), (True, True, False), torch.float64)
+    inputs["v"] = inputs["v"] * 100
+    state = inputs.pop("initial_state")
+    _, final = fast_weight_scan(**inputs, initial_state=state, max_norm=1.0)
+    assert (final.norm(dim=(-2, -1)) <= 1 + 1e-12).all()
+    small = {n: x * 1e-3 if n == "v" else x for n, x in inputs.items()}
+    bounded = fast_weight_memory(*list(small.values())[1:], max_norm=1e6)
+    torch.testing.assert_close(bounded, fast_weight_memory(*list(small.values())[1:]))
+    with pytest.raises(ValueError, match="'chunk'.*loop"):
+        fast_weight_scan(**inputs, initial_state=state, max_norm=1.0, backend="chunk")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"backend": "fast"}, "backend is 'fast', allowed are auto"),
+        ({"write": torch.rand(1, 1, 4)}, r"write has shape \(1, 1, 4\).*\(1, 1, 5\)"),
+        ({"erase": torch.rand(1, 5)}, r"erase has shape \(1, 5\)"),
+        ({"q": torch.rand(1, 1, 4, 3)}, "q has shape .* and k .* equal"),
+        ({"v": torch.rand(1, 1, 4, 3)}, r"k has shape \(1, 1, 5, 3\) and v \(1, 1, 4, 3\)"),
+        ({"initial_state": torch.rand(1, 1, 3, 3)}, r"initial_state has shape .* \(1, 1, 3, 2\)"),
+        ({"v": torch.ones(1, 1, 5, 2, dtype=torch.long)}, "floating-point"),
+        ({"backend": "chunk", "chunk_size": 0}, "chunk size is 0"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    good = {"q": torch.rand(1, 1, 5, 3), "k": torch.rand(1, 1, 5, 3), "v": torch.rand(1, 1, 5, 2)}
+    with pytest.raises(ValueError, match=message):
+        fast_weight_scan(**{**good, "write": None, **change})
+
+
+def test_a_step_refuses_a_state_of_another_shape_or_type():
+    q, v = torch.rand(1, 2, 3), torch.rand(1, 2, 4)
+    for state in (torch.zeros(1, 2, 4, 3), torch.zeros(1, 2, 3, 4, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="state is"):
+            fast_weight_step(q, q, v, None, None, None, state)
+
+
+# Resets the kernel's high-water mark of this process, so that only what comes after counts.
+MEMORY_PROBE = """
+import re, sys, torch
+from fwp_fairseq.ops import fast_weight_scan
+torch.set_num_threads(1)
+def resident(field):
+    return 1024 * int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+def run(length):
+    q, k, v = (torch.full((1, 4, length, 64), 1 / 64, requires_grad=True) for _ in range(3))
+    gate = torch.full((1, 4, length), 0.5, requires_grad=True)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = resident("VmRSS")
+    fast_weight_scan(q, k, v, gate, gate, backend=sys.argv[1])[0].sum().backward()
+    return resident("VmHWM") - before, 3 * q.numel() * 4
+run(128)
+peak, inputs = run(8192)
+print(peak / inputs)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read in Linux units")
+@pytest.mark.parametrize("backend", sorted(set(BACKENDS) - {"loop"}))
+def test_training_memory_stays_within_a_small_factor_of_the_inputs(backend):
+    """L = 8192, Dk = Dv = 64: gradients and read-outs alone are 1.3 times q, k and v; a state per token is 21 times."""
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY_PROBE, backend], capture_output=True, text=True, check=True, timeout=120
+    )
+    factor = float(run.stdout)
+    print(f"{backend}: peak of forward and backward beyond the inputs is {factor:.2f} times q, k and v")
+    assert 1.0 < factor < 4.0
