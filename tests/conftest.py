@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports torch, and for the commands too: the tensors of the tests are too small to share among threads.
+# Before anything imports torch, and for the commands too: the tensors of the tests are too small for several threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +67,7 @@ def side_by_side() -> Callable[..., list[subprocess.CompletedProcess[str]]]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus in two artificial languages, binarised: a word has one translation, and the word order is reversed."""
+    """A corpus in two artificial languages, binarised: every word has one translation, and their order stays."""
 
     text: Path
     translation: Path
@@ -83,7 +83,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, run: Run, side_by_side: Cal
     for split, size in {"train": 2000, "valid": 50, "test": 50}.items():
         sentences = [draw.choices(words, k=draw.randint(2, 6)) for _ in range(size)]
         (folder / f"{split}.a").write_text("".join(" ".join(s) + "\n" for s in sentences))
-        (folder / f"{split}.b").write_text("".join(" ".join(s[::-1]).upper() + "\n" for s in sentences))
+        (folder / f"{split}.b").write_text("".join(" ".join(s).upper() + "\n" for s in sentences))
     splits = [f"--{split}pref={folder / split}" for split in ("train", "valid", "test")]
     texts = [f"--{split}pref={folder / split}.a" for split in ("train", "valid", "test")]
     made = Corpus(folder, folder / "translation", folder / "language_model")

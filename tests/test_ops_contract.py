@@ -91,7 +91,9 @@ def test_half_precision_inputs_accumulate_in_float32_and_return_their_type(backe
     actual = results(inputs, backend)
     assert actual["out"].dtype == dtype and actual["state"].dtype == torch.float32
     exact = results({n: None if x is None else x.double() for n, x in inputs.items()}, "loop")
-    assert_agree({"state": actual["state"], "memory": actual["memory"]}, {n: exact[n] for n in ("state", "memory")}, 1e-5)
+    assert_agree(
+        {"state": actual["state"], "memory": actual["memory"]}, {n: exact[n] for n in ("state", "memory")}, 1e-5
+    )
     assert_agree(actual, exact, tolerance)
 
 

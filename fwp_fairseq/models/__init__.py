@@ -1,4 +1,4 @@
-"""Registered models. fairseq imports every module of this package when it is the user dir."""
+"""Registered models. Importing this package registers them; fairseq does so for a user dir."""
 
 from fwp_fairseq._requirements import require_fairseq
 
@@ -7,3 +7,7 @@ require_fairseq()
 from fwp_fairseq.checkpoints import protect_checkpoint_loading  # noqa: E402
 
 protect_checkpoint_loading()
+
+from fwp_fairseq.models import fwp_transformer, fwp_transformer_lm  # noqa: E402
+
+__all__ = ["fwp_transformer", "fwp_transformer_lm"]

@@ -4,7 +4,7 @@ Everything but the attention modules is fairseq's: this file only says which opt
 """
 
 from dataclasses import field, fields, is_dataclass, make_dataclass
-from typing import Any
+from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum
 from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_architecture
@@ -15,7 +15,6 @@ from fairseq.models.transformer import (
     TransformerModelBase,
 )
 from fairseq.models.transformer import transformer_legacy as fairseq_architectures
-from omegaconf import II
 from torch import nn
 
 from fwp_fairseq.modules import FastWeightConfig, FastWeightDecoderLayer, FastWeightEncoderLayer
@@ -46,6 +45,11 @@ _FOLLOWS = {
 }
 
 
+def size_that_follows(source: str) -> Any:
+    """Field of a size that is another option's unless it is given."""
+    return field(default=None, metadata={"help": f"as --{source.replace('_', '-')} if not given"})
+
+
 def _flat_fields(config: type, prefix: str = "") -> list[tuple[str, Any, Any]]:
     """Fields of a nested fairseq configuration under the names of its flags: encoder.layers -> encoder_layers."""
     flat: list[tuple[str, Any, Any]] = []
@@ -55,9 +59,10 @@ def _flat_fields(config: type, prefix: str = "") -> list[tuple[str, Any, Any]]:
             continue
         if is_dataclass(option.type):
             flat += _flat_fields(option.type, f"{name}_")
+        elif name in _FOLLOWS:
+            flat.append((name, Optional[int], size_that_follows(_FOLLOWS[name])))
         else:
-            default = II(f"model.{_FOLLOWS[name]}") if name in _FOLLOWS else option.default
-            flat.append((name, option.type, field(default=default, metadata=option.metadata)))
+            flat.append((name, option.type, field(default=option.default, metadata=option.metadata)))
     return flat
 
 
@@ -76,9 +81,9 @@ FWPTransformerConfig.__module__ = __name__
 
 
 def resolve_sizes(args: Any, follows: dict[str, str]) -> None:
-    """Fill in sizes that are still interpolations, as when a model is built without hydra."""
+    """Fill in the sizes that were not given by those they follow."""
     for name, source in follows.items():
-        if str(getattr(args, name)).startswith("${"):
+        if getattr(args, name, None) is None:
             setattr(args, name, getattr(args, source))
 
 

@@ -1,17 +1,16 @@
 """fairseq's Transformer language model with fast weights in place of causal self-attention."""
 
 import ast
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Optional
 
-from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_architecture
+from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import DEFAULT_MAX_TARGET_POSITIONS, TransformerConfig
 from fairseq.models.transformer_lm import (
     TransformerLanguageModel,
     TransformerLanguageModelConfig,
 )
 from fairseq.modules import AdaptiveInput, CharacterTokenEmbedder
-from omegaconf import II
 from torch import nn
 
 from fwp_fairseq.models.fwp_transformer import (
@@ -20,6 +19,7 @@ from fwp_fairseq.models.fwp_transformer import (
     FWPTransformerDecoder,
     attach_fast_weights,
     resolve_sizes,
+    size_that_follows,
 )
 from fwp_fairseq.modules import FastWeightConfig
 from fwp_fairseq.modules.fast_weight_layers import DECODER_SELF_ATTENTION
@@ -34,12 +34,8 @@ class FWPTransformerLanguageModelConfig(TransformerLanguageModelConfig, FastWeig
     Input and output width follow ``decoder_embed_dim`` unless they are given; fairseq leaves them at 512.
     """
 
-    decoder_input_dim: int = field(
-        default=II("model.decoder_embed_dim"), metadata={"help": "decoder input dimension"}
-    )
-    decoder_output_dim: int = field(
-        default=II("model.decoder_embed_dim"), metadata={"help": "decoder output dimension"}
-    )
+    decoder_input_dim: Optional[int] = size_that_follows("decoder_embed_dim")  # type: ignore[assignment]
+    decoder_output_dim: Optional[int] = size_that_follows("decoder_embed_dim")  # type: ignore[assignment]
     decoder_self_attention: AttentionKind = PLACE_FIELDS[DECODER_SELF_ATTENTION]  # type: ignore[valid-type]
 
 
@@ -115,16 +111,6 @@ def _cutoffs(given: Any) -> Any:
     return [int(points)] if isinstance(points, (int, float)) else [int(point) for point in points]
 
 
-def _follow_embed_dim(args: Any) -> None:
-    for name, source in _FOLLOWS.items():
-        if not hasattr(args, name):
-            setattr(args, name, getattr(args, source, FWPTransformerLanguageModelConfig.decoder_embed_dim))
-
-
-# Registered with the model already, but with an empty function.
-ARCH_CONFIG_REGISTRY["fwp_transformer_lm"] = _follow_embed_dim
-
-
 def _set_defaults(args: Any, **defaults: Any) -> None:
     for name, value in defaults.items():
         setattr(args, name, getattr(args, name, value))
@@ -150,7 +136,6 @@ def fwp_transformer_lm_wiki103_small(args: Any) -> None:
         tie_adaptive_proj=True,
         feature_map="elu",
     )
-    _follow_embed_dim(args)
 
 
 @register_model_architecture("fwp_transformer_lm", "fwp_transformer_lm_wiki103_medium")

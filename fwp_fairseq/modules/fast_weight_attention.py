@@ -22,6 +22,7 @@ from fwp_fairseq.ops import (
     normalized_scan,
     normalized_step,
 )
+from fwp_fairseq.ops.numerics import state_dtype
 
 IncrementalState = dict[str, dict[str, Optional[Tensor]]]
 
@@ -245,9 +246,9 @@ class FastWeightAttention(nn.Module):
         return fast_weight_step(q, k, v, *gates, memory, max_norm=self.rule.max_norm)
 
     def _gates(self, key: Tensor, padding: Optional[Tensor]) -> Gates:
-        """Scalars of the update rule for (S, B, kdim) keys: (B, H, S), in float32."""
+        """Scalars of the update rule for (S, B, kdim) keys: (B, H, S), in the state's type."""
         beta, alpha = (
-            None if projection is None else projection(key).permute(1, 2, 0).float().sigmoid()
+            None if projection is None else projection(key).permute(1, 2, 0).to(state_dtype(key.dtype)).sigmoid()
             for projection in (self.write_proj, self.decay_proj)
         )
         padding = None if padding is None else padding.bool()[:, None, :].expand(-1, self.num_heads, -1)

@@ -99,8 +99,7 @@ class _ChunkwiseScan(torch.autograd.Function):
             borders.append(memory)
         ctx.chunk_size = chunk_size
         ctx.save_for_backward(*sequences, *borders[:-1])
-        # A final state that is the initial one (L = 0) must not be the same tensor as an input.
-        return out, borders[-1] if length else initial_state.clone()
+        return out, borders[-1]
 
     @staticmethod
     @once_differentiable
@@ -146,6 +145,9 @@ def scan(
     if q is None and erase is None:
         # Only the sum of writes is wanted: one product over the whole sequence, no C x C matrix to bound.
         return None, _sum_of_writes(k, v, write, decay, initial_state)
+    if k.size(2) <= chunk_size:
+        # One chunk's matrices are what the backward pass would recompute: keep them.
+        return _advance(q, k, v, write, erase, decay, initial_state)
     return _ChunkwiseScan.apply(chunk_size, q, k, v, write, erase, decay, initial_state)
 
 

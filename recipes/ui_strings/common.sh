@@ -130,6 +130,11 @@ enter_output() {
     [[ $output != *:* ]] || fail "--output $output has a colon in it, which fairseq cannot handle."
     mkdir -p -- "$output" || fail "--output $output cannot be made."
     output=$(cd -- "$output" && pwd)
+    # Here files are replaced and folders removed: not among files of somebody else.
+    if [[ ! -e $output/.ui-strings ]]; then
+        [[ -z $(ls -A -- "$output") ]] || fail "--output $output holds files that are not of this recipe: name a new folder."
+        touch -- "$output/.ui-strings"
+    fi
     command -v -- "$python" >/dev/null || fail "--python $python is not to be found."
     [[ $python != */* || $python == /* ]] || python=$PWD/$python
     [[ $venv == none || $venv == /* ]] || venv=${venv:+$PWD/$venv}
@@ -241,6 +246,29 @@ try:
 except ValueError as error:
     sys.exit(str(error).replace("--update-rule", "--rule"))
 END
+}
+
+# --- Models ----------------------------------------------------------------------------------------------------------
+
+check_model_name() {
+    [[ $model =~ ^[A-Za-z0-9._-]*$ && $model != .* ]] ||
+        fail "--model is '$model', allowed are letters, digits, . _ and - (not first)."
+}
+
+# enter_model NAME SETTING...: from all that decides what is trained, set $settings, and the model's $folder, which is
+# called $model, or else NAME with the seed and a digest. A model of that name with other settings is trained anew.
+enter_model() {
+    local name=$1 temporary=settings.$$
+    shift
+    settings=$(printf '%s\n' "$@")
+    printf '%s\n' "$settings" >"$temporary"
+    folder=models/${model:-$name-seed$seed-$(fingerprint "$temporary")}
+    if [[ -d $folder && ! (-f $folder/settings && $(<"$folder/settings") == "$settings") ]]; then
+        say "replacing $folder, which has other settings"
+        rm -rf -- "$folder"
+    fi
+    mkdir -p -- "$folder"
+    mv -- "$temporary" "$folder/settings"
 }
 
 # --- Training --------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """What a trained model did: its result as JSON, sample translations, and tables of many models.
 
-    report.py result MODEL           reads test.out and train.log in a model folder, writes result.json
-    report.py samples MODEL          prints a few translations and the BLEU score
-    report.py table ...              prints a Markdown table of models, and writes it with a CSV file
+report.py result MODEL           reads test.out and train.log in a model folder, writes result.json
+report.py samples MODEL          prints a few translations and the BLEU score
+report.py table ...              prints a Markdown table of models, and writes it with a CSV file
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ option model text "" "name of the trained model, a folder in OUTPUT/models (defa
 option data-only flag 0 "stop before the training"
 parse_options "$@"
 ((!${#words[@]})) || fail "unexpected argument '${words[0]}' (--help lists the options)."
-[[ $model =~ ^[A-Za-z0-9._-]*$ && $model != .* ]] || fail "--model is '$model', allowed are letters, digits, . _ and -."
+check_model_name
 [[ -z $wheels || -d $wheels ]] || fail "--wheels $wheels is not a folder."
 [[ -z $wheels ]] || wheels=$(cd -- "$wheels" && pwd)
 [[ $cache == /* ]] || cache=$PWD/$cache
@@ -115,17 +115,6 @@ step steps/data-bin data-bin/dict.en.txt "$corpus pieces $vocab_size" "fairseq-p
 
 # --- Training and score ----------------------------------------------------------------------------------------------
 
-# All that decides what is trained. A model of the same name with other settings is trained anew.
-settings=$(printf '%s\n' "corpus $corpus, $vocab_size pieces" "epochs $epochs, seed $seed" "${training[*]}" "${flags[*]}")
-printf '%s\n' "$settings" >"settings.$$"
-folder=models/${model:-$name-seed$seed-$(fingerprint "settings.$$")}
-if [[ -d $folder ]] && ! cmp -s "settings.$$" "$folder/settings"; then
-    say "replacing $folder, which was trained with other settings"
-    rm -rf -- "$folder"
-fi
-mkdir -p -- "$folder"
-mv -- "settings.$$" "$folder/settings"
-
 train_model() {
     find_device
     # A model folder holds all that translate.sh needs, whatever becomes of the data.
@@ -141,6 +130,7 @@ translate_test() {
     "$python" "$recipe/report.py" result "$folder"
 }
 
+enter_model "$name" "corpus $corpus, $vocab_size pieces" "epochs $epochs, seed $seed" "${training[*]}" "${flags[*]}"
 step "$folder/.trained" "$folder/checkpoint_best.pt" "$settings" "training $folder" train_model
 step "$folder/.scored" "$folder/result.json" "$settings, beam $beam" "translating the test strings" translate_test
 printf '%s\n' "$folder" >"latest.$$"

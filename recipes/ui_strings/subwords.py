@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Learn a sentencepiece model, and encode text files with it.
 
-    subwords.py learn --model spm --size 4000 train.en train.de     writes spm.model and spm.vocab
-    subwords.py encode --model spm.model INPUT OUTPUT               one line of pieces for each line
+subwords.py learn --model spm --size 4000 train.en train.de     writes spm.model and spm.vocab
+subwords.py encode --model spm.model INPUT OUTPUT               one line of pieces for each line
 """
 
 from __future__ import annotations

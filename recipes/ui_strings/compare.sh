@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# Train and score several kinds of attention with the same data, sizes and budget, with several seeds. See README.md.
+
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+# What is compared: attention | where | name of the model | options of run.sh.
+everywhere="--encoder-self-attention fast-weight --decoder-self-attention fast-weight --cross-attention fast-weight"
+decoder="--encoder-self-attention softmax --decoder-self-attention fast-weight --cross-attention softmax"
+sum_elu="--rule sum --feature-map elu --attention-normalization"
+sum_dpfp="--rule sum --feature-map dpfp --dpfp-nu 1"
+delta_dpfp="--rule delta --feature-map dpfp --dpfp-nu 1"
+delta_elu="--rule delta --feature-map elu"
+configurations=(
+    "softmax | nowhere | softmax | --softmax"
+    "sum, elu, attention normalisation | all three places | sum-elu-all | $sum_elu $everywhere"
+    "sum, dpfp-1 | all three places | sum-dpfp-all | $sum_dpfp $everywhere"
+    "delta, dpfp-1 | all three places | delta-dpfp-all | $delta_dpfp $everywhere"
+    "delta, elu | all three places | delta-elu-all | $delta_elu $everywhere"
+    "sum, elu, attention normalisation | decoder self-attention | sum-elu-decoder | $sum_elu $decoder"
+    "sum, dpfp-1 | decoder self-attention | sum-dpfp-decoder | $sum_dpfp $decoder"
+    "delta, dpfp-1 | decoder self-attention | delta-dpfp-decoder | $delta_dpfp $decoder"
+    "delta, elu | decoder self-attention | delta-elu-decoder | $delta_elu $decoder"
+)
+
+usage() {
+    cat <<END
+Usage: bash compare.sh [OPTION]... [-- FAIRSEQ_TRAIN_OPTION...]
+
+Train and score with run.sh:
+END
+    local row attention places name flags
+    for row in "${configurations[@]}"; do
+        read_row "$row"
+        printf '  %-20s %s; fast weights in: %s\n' "$name" "$attention" "$places"
+    done
+    cat <<END
+What is done already is not done again. The table is printed and written to OUTPUT/compare.md and OUTPUT/compare.csv.
+END
+}
+
+# Split a row of the table into the variables attention, places, name and flags.
+read_row() {
+    IFS='|' read -r attention places name flags <<<"$1"
+    attention=${attention% } places=${places# } places=${places% } name=${name// /}
+    read -ra flags <<<"$flags"
+}
+
+common_options
+option cache text "" "folder for downloaded wheels (default: that of run.sh)"
+option wheels text "" "take the strings from the wheels in this folder, download none"
+option vocab-size count 4000 "pieces of the sentencepiece vocabulary that both languages share"
+option valid-size count 500 "pairs for validation"
+option test-size count 500 "pairs for the score"
+option epochs count 20 "passes over the training pairs"
+option seeds text "1 2 3" "seeds to train each with, between spaces"
+option only text "" "names of what to compare, between spaces (default: all)"
+option jobs count 1 "how many to train at a time; they share the processor's cores"
+parse_options "$@"
+((!${#words[@]})) || fail "unexpected argument '${words[0]}' (--help lists the options)."
+read -ra seed_list <<<"$seeds"
+((${#seed_list[@]})) || fail "--seeds is empty."
+for seed in "${seed_list[@]}"; do
+    check_option seed number
+done
+[[ -z $wheels || $wheels == /* ]] || wheels=$PWD/$wheels
+[[ -z $cache || $cache == /* ]] || cache=$PWD/$cache
+
+chosen=()
+for row in "${configurations[@]}"; do
+    read_row "$row"
+    [[ -n $only && " $only " != *" $name "* ]] || chosen+=("$row")
+done
+for name in $only; do
+    [[ "${configurations[*]}" == *"| $name |"* ]] || fail "--only: there is no '$name' (--help lists the names)."
+done
+enter_output
+if [[ -z $threads ]]; then
+    threads=$(($("$python" -c 'import os; print(len(os.sched_getaffinity(0)))') / jobs))
+    ((threads)) || threads=1
+fi
+
+run=(bash "$recipe/run.sh" --output "$output" --python "$python" --venv "$venv" --threads "$threads" --epochs "$epochs"
+    --vocab-size "$vocab_size" --valid-size "$valid_size" --test-size "$test_size")
+[[ -z $cache ]] || run+=(--cache "$cache")
+[[ -z $wheels ]] || run+=(--wheels "$wheels")
+"${run[@]}" --data-only
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+# Each run is a process group of its own, so that stopping this script stops all that it started.
+set -m
+running=()
+trap 'for group in ${running[@]+"${running[@]}"}; do kill -- "-$group" 2>/dev/null || true; done' EXIT
+trap 'exit 130' INT TERM
+
+train_and_score() {
+    local model=$1 log=compare/$1.log seed=$2
+    shift 2
+    if "${run[@]}" --model "$model" --seed "$seed" "$@" >"$log" 2>&1 </dev/null; then
+        say "$model: $(tail -n 1 "$log")"
+    else
+        say "$model: failed; see $output/$log"
+        touch compare/failed
+    fi
+}
+
+# Wait until fewer than $1 runs are running.
+wait_below() {
+    local group alive
+    while ((${#running[@]} >= $1)); do
+        wait -n || true
+        alive=()
+        for group in "${running[@]}"; do
+            ! kill -0 "$group" 2>/dev/null || alive+=("$group")
+        done
+        running=(${alive[@]+"${alive[@]}"})
+    done
+}
+
+mkdir -p compare
+rm -f compare/failed
+# Seed by seed: the first figures of all come before the second of any.
+for seed in "${seed_list[@]}"; do
+    for row in "${chosen[@]}"; do
+        read_row "$row"
+        wait_below "$jobs"
+        train_and_score "$name-seed$seed" "$seed" "${flags[@]}" ${extra[@]+-- "${extra[@]}"} &
+        running+=("$!")
+    done
+done
+wait_below 1
+
+# --- Table -----------------------------------------------------------------------------------------------------------
+
+table=()
+for row in "${chosen[@]}"; do
+    read_row "$row"
+    table+=(--row "$attention" "$places" "$name")
+done
+[[ $venv == none ]] || python=$venv/bin/python
+"$python" "$recipe/report.py" table --output . --seeds "${seed_list[@]}" "${table[@]}"
+[[ ! -e compare/failed ]] || fail "some runs failed; they are tried again by the same command."

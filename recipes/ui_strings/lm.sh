@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# A small language model of the text of Python's help(), its perplexity, and a continuation. See README.md, or --help.
+
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+# The attention that is trained unless options say otherwise.
+default_rule=delta
+default_feature_map=dpfp
+default_dpfp_nu=1
+default_attention_normalization=0
+
+# The model and its training, the same for every attention.
+width=128
+heads=4
+block=256
+training=(
+    --task language_modeling --tokens-per-sample "$block" --sample-break-mode none --arch fwp_transformer_lm
+    --decoder-layers 3 --decoder-embed-dim "$width" --decoder-ffn-embed-dim 512 --decoder-attention-heads "$heads"
+    --share-decoder-input-output-embed --dropout 0.3
+    --optimizer adam --adam-betas '(0.9, 0.98)' --lr 3e-3 --lr-scheduler inverse_sqrt --warmup-updates 200
+    --clip-norm 1.0 --max-tokens 2048
+)
+
+usage() {
+    cat <<END
+Usage: bash lm.sh [OPTION]... [-- FAIRSEQ_TRAIN_OPTION...]
+
+Train a language model on the text of Python's help(), which every CPython ships, evaluate it on held-out topics with
+fairseq-eval-lm, and let it continue a text. What is done already is not done again.
+END
+}
+
+common_options
+option vocab-size count 2000 "pieces of the sentencepiece vocabulary"
+fast_weight_options "$default_rule" "$default_feature_map" "$default_dpfp_nu" "$default_attention_normalization"
+option softmax flag 0 "softmax attention: the baseline"
+option epochs count 30 "passes over the text"
+option seed number 1 "seed of initialisation, order of batches, dropout, and the continuation"
+option model text "" "name of the trained model, a folder in OUTPUT/models (default: made from the settings)"
+option prompt text "The class statement" "text to continue"
+option length count 60 "pieces that the continuation has at most"
+parse_options "$@"
+((!${#words[@]})) || fail "unexpected argument '${words[0]}' (--help lists the options)."
+check_model_name
+[[ -n ${prompt//[[:space:]]/} ]] || fail "--prompt is empty."
+enter_output
+enter_environment
+
+name=lm-softmax
+flags=(--decoder-self-attention softmax)
+if ((!softmax)); then
+    check_attention "$width" "$heads"
+    fast_weight_flags
+    flags=(--decoder-self-attention fast-weight "${attention[@]}")
+    name=lm-$rule-$feature_map
+fi
+flags+=(${extra[@]+"${extra[@]}"})
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+make_text() {
+    local part
+    "$python" "$recipe/python_text.py" --output lm/text
+    "$python" "$recipe/subwords.py" learn --model lm/spm --size "$vocab_size" lm/text/train
+    for part in train valid test; do
+        "$python" "$recipe/subwords.py" encode --model lm/spm.model "lm/text/$part" "lm/text/$part.pieces"
+    done
+}
+
+make_binary() {
+    rm -rf lm/data-bin lm/data-bin.new
+    fairseq preprocess --only-source --workers 1 --trainpref lm/text/train.pieces --validpref lm/text/valid.pieces \
+        --testpref lm/text/test.pieces --destdir lm/data-bin.new >/dev/null
+    mv lm/data-bin.new lm/data-bin
+}
+
+# The text goes with the version of Python.
+data="$("$python" --version) $(fingerprint "$recipe/python_text.py") pieces $vocab_size"
+step steps/lm-text lm/spm.model "$data" "text of Python's help()" make_text
+step steps/lm-data-bin lm/data-bin/dict.txt "$data" "fairseq-preprocess" make_binary
+
+# --- Training and perplexity -----------------------------------------------------------------------------------------
+
+train_model() {
+    find_device
+    cp lm/spm.model lm/data-bin/dict.txt "$folder/"
+    train "$folder" lm/data-bin "${training[@]}" "${flags[@]}"
+}
+
+evaluate() {
+    find_device
+    fairseq eval_lm lm/data-bin "${device[@]}" --path "$folder/checkpoint_best.pt" --gen-subset test \
+        --tokens-per-sample "$block" --max-tokens 2048 --log-format none >"$folder/eval-lm.out.new" 2>&1 ||
+        fail "fairseq-eval-lm failed: $(tail -n 1 "$folder/eval-lm.out.new")"
+    mv -- "$folder/eval-lm.out.new" "$folder/eval-lm.out"
+}
+
+enter_model "$name" "$data" "epochs $epochs, seed $seed" "${training[*]}" "${flags[*]}"
+step "$folder/.trained" "$folder/checkpoint_best.pt" "$settings" "training $folder" train_model
+step "$folder/.evaluated" "$folder/eval-lm.out" "$settings" "fairseq-eval-lm on held-out topics" evaluate
+
+# --- Continuation ----------------------------------------------------------------------------------------------------
+
+say "model: $output/$folder"
+find_device
+continuation=$(
+    printf '%s\n' "${prompt//[$'\n\r']/ }" |
+        fairseq interactive "$folder" "${device[@]}" --path "$folder/checkpoint_best.pt" --task language_modeling \
+            --bpe sentencepiece --sentencepiece-model "$folder/spm.model" --beam 1 --nbest 1 --sampling \
+            --sampling-topk 10 --temperature 0.8 --seed "$seed" --max-len-a 0 --max-len-b "$length" |
+        awk -F'\t' '/^D-[0-9]+\t/ { print $3 }'
+)
+printf '\n%s\n\n' "$continuation"
+perplexity=$(sed -n 's/.*Perplexity: \([0-9.]*\).*/\1/p' "$folder/eval-lm.out")
+printf 'perplexity on held-out text = %s (per piece of a vocabulary of %s)\n' "$perplexity" "$vocab_size"

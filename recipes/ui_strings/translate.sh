@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Translate English user-interface strings with a model that run.sh trained. See README.md, or --help.
+
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage() {
+    cat <<END
+Usage: bash translate.sh [OPTION]... [SENTENCE]...
+
+Translate each argument, or, without arguments, each line of standard input, from English to German. Only translations
+are written to standard output, one a line, in the order of the input.
+END
+}
+
+common_options
+option model text "" "name of the trained model, a folder in OUTPUT/models (default: the latest of run.sh)"
+option beam count 5 "width of the beam search"
+parse_options "$@"
+[[ -d $output ]] || fail "there is no trained model in $output: train one with run.sh, or name its folder with --output."
+enter_output
+if [[ -z $model && -f latest ]]; then
+    folder=$(<latest)
+else
+    folder=models/$model
+fi
+for file in checkpoint_best.pt spm.model dict.en.txt dict.de.txt; do
+    [[ -e $folder/$file ]] ||
+        fail "there is no trained model in $output${model:+/models/$model}: train one with run.sh first."
+done
+enter_environment >&2
+find_device
+
+# One sentence a line, whatever white space an argument has in it.
+sentences() {
+    if ((${#words[@]})); then
+        printf '%s\n' "${words[@]//[$'\n\r']/ }"
+    else
+        cat
+    fi
+}
+
+buffer=64
+if ((!${#words[@]})) && [[ -t 0 ]]; then
+    buffer=1 # someone is typing: answer each line
+    printf 'One English sentence a line; Ctrl-D ends.\n' >&2
+fi
+
+# Of what fairseq-interactive prints, the source (S) and the translation (D) of each line; nothing in, nothing out.
+sentences | PYTHONUNBUFFERED=1 fairseq interactive "$folder" "${device[@]}" --path "$folder/checkpoint_best.pt" \
+    --task translation --source-lang en --target-lang de --beam "$beam" --buffer-size "$buffer" --batch-size "$buffer" \
+    --bpe sentencepiece --sentencepiece-model "$folder/spm.model" |
+    awk -F'\t' '/^S-[0-9]+\t/ { source = $2 } /^D-[0-9]+\t/ { print source == "" ? "" : $3; fflush() }'

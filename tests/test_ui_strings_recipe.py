@@ -1,0 +1,221 @@
+"""recipes/ui_strings/*.sh on a miniature archive of wheels, with the Python and the packages that run the tests."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("babel")
+from test_ui_strings_collect import DE, RECIPE, catalogue, make_wheel, phrases  # noqa: E402
+
+# Nothing in a path may be special to bash, to pip, or to fairseq.
+AWKWARD = "it's a \"folder\" $HOME"
+SMALL = ["--vocab-size", "70", "--valid-size", "10", "--test-size", "10", "--epochs", "1"]
+
+
+def script(name: str, *arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of the recipe with the Python of the tests."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("FWP_")}
+    own |= {"PYTHON": sys.executable, "FWP_VENV": "none", "FWP_THREADS": "1"}
+    return subprocess.run(
+        ["bash", str(RECIPE / name), *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=own | environment,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an archive of wheels, in a path with spaces and quotes."""
+    home = tmp_path_factory.mktemp("ui_strings") / AWKWARD
+    make_wheel(home / "wheels", "app", {DE + ".po": catalogue(phrases(12, 12))})
+    return home
+
+
+@pytest.fixture(scope="module")
+def first(home: Path) -> subprocess.CompletedProcess[str]:
+    """What run.sh prints the first time."""
+    done = script("run.sh", "--output", str(home / "out"), "--wheels", str(home / "wheels"), *SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    """Names of the files that training and scoring make, with the times of their last change."""
+    kept = ("corpus", "text", "data-bin", "models")
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for part in kept
+        for path in (folder / part).rglob("*")
+        if path.is_file() and path.name != "settings"
+    }
+
+
+def test_run_ends_with_translations_and_bleu(first: subprocess.CompletedProcess[str], home: Path) -> None:
+    lines = first.stdout.splitlines()
+    assert re.fullmatch(r"BLEU = \d+\.\d", lines[-1])
+    assert sum(line.startswith("ours ") for line in lines) >= 3
+    assert any("train_inner" in line or "| train |" in line for line in lines), "training shows its progress"
+    model = home / "out" / (home / "out" / "latest").read_text().strip()
+    result = json.loads((model / "result.json").read_text())
+    assert f"BLEU = {result['bleu']:.1f}" == lines[-1]
+    assert result["valid_nll"] > 0
+
+
+def test_run_leaves_nothing_half_written(first: subprocess.CompletedProcess[str], home: Path) -> None:
+    assert not [path for path in (home / "out").rglob("*") if ".new" in path.name or path.name.startswith("settings.")]
+
+
+def test_a_second_run_does_nothing_again(first: subprocess.CompletedProcess[str], home: Path) -> None:
+    before = snapshot(home / "out")
+    again = script("run.sh", "--output", str(home / "out"), "--wheels", str(home / "wheels"), *SMALL)
+    assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+    assert again.stdout.count("done before") == 5
+    assert snapshot(home / "out") == before
+
+
+def test_an_interrupted_step_is_done_again_and_only_that(first: subprocess.CompletedProcess[str], home: Path) -> None:
+    out = home / "out"
+    model = out / (out / "latest").read_text().strip()
+    # As a kill in the middle of the translation leaves it.
+    (model / ".scored").unlink()
+    (model / "test.out.new").write_text("half a line")
+    before = snapshot(out)
+    again = script("run.sh", "--output", str(out), "--wheels", str(home / "wheels"), *SMALL)
+    assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+    after = snapshot(out)
+    changed = {Path(name).name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert {"test.out", "result.json"} <= changed <= {"test.out", "test.out.new", "result.json", ".scored"}
+
+
+def test_translate_gives_a_line_for_each_argument_or_line(
+    first: subprocess.CompletedProcess[str], home: Path, tmp_path: Path
+) -> None:
+    out = ["--output", str(home / "out")]
+    sentences = ["Save the file", "", "Find\nthe  user's $HOME \"link\"", "D-0\t-1\tOpen the folder"]
+    given = script("translate.sh", *out, "--", *sentences)
+    assert given.returncode == 0, given.stderr
+    piped = script("translate.sh", *out, stdin="".join(s.replace("\n", " ") + "\n" for s in sentences))
+    assert given.stdout == piped.stdout
+    assert len(given.stdout.splitlines()) == 4
+    assert given.stdout.splitlines()[1] == ""
+
+
+def test_translate_without_a_trained_model_says_so(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        done = script("translate.sh", "--output", str(folder), "Save")
+        assert done.returncode != 0
+        assert done.stdout == ""
+        assert "no trained model" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rule", "hebb"], ["--rule", "hebb", "sum, delta, gated, gated-delta, fwm"]),
+        (["--feature-map=cosine"], ["--feature-map", "cosine", "elu, favor, dpfp"]),
+        (["--dpfp-nu", "0"], ["--dpfp-nu", "'0'"]),
+        (["--epochs", "many"], ["--epochs", "many"]),
+        (["--seed", "-1"], ["--seed", "-1"]),
+        (["--cross-attention", "none"], ["--cross-attention", "softmax, fast-weight"]),
+        (["--no-such-option"], ["--no-such-option"]),
+        (["--epochs"], ["--epochs needs a value"]),
+        (["--softmax=yes"], ["--softmax takes no value"]),
+        (["-x"], ["-x"]),
+        (["stray"], ["stray"]),
+        (["--model", "../away"], ["--model", "../away"]),
+        (["--wheels", "/no/such/folder"], ["--wheels", "/no/such/folder"]),
+        (["--threads", "0"], ["--threads"]),
+        (["--python", "/no/such/python"], ["--python", "/no/such/python"]),
+    ],
+)
+def test_a_bad_option_gives_one_sentence_and_no_work(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    out = tmp_path / "out"
+    done = script("run.sh", "--output", str(out), *arguments)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    for word in words:
+        assert word in done.stderr
+    assert not out.exists() or [path.name for path in out.iterdir()] in ([], [".ui-strings"])
+
+
+def test_a_bad_environment_variable_gives_one_sentence(tmp_path: Path) -> None:
+    done = script("run.sh", "--output", str(tmp_path / "out"), FWP_SOFTMAX="maybe")
+    assert done.returncode == 1
+    assert "--softmax" in done.stderr and "maybe" in done.stderr
+
+
+def test_a_combination_that_the_package_rejects_is_rejected_before_any_work(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = script("run.sh", "--output", str(out), "--dpfp-nu", "64")
+    assert done.returncode == 1
+    assert "--dpfp-nu is 64" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert [path.name for path in out.iterdir()] == [".ui-strings"]
+
+
+def test_files_of_somebody_else_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "data-bin").mkdir()
+    done = script("run.sh", "--output", str(tmp_path))
+    assert done.returncode == 1
+    assert "--output" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["data-bin"]
+
+
+@pytest.mark.parametrize("name", ["run.sh", "translate.sh", "compare.sh", "lm.sh"])
+def test_help_lists_every_option_and_does_no_work(name: str, tmp_path: Path) -> None:
+    done = script(name, "--help", FWP_OUTPUT=str(tmp_path / "out"))
+    assert done.returncode == 0
+    assert f"Usage: bash {name}" in done.stdout
+    for option in re.findall(r"^option ([a-z-]+)", (RECIPE / name).read_text(), re.MULTILINE):
+        assert f"--{option}" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_writes_the_same_figures_as_table_and_csv(first: subprocess.CompletedProcess[str], home: Path) -> None:
+    # In the folder of run.sh, whose data it takes over.
+    out = home / "out"
+    done = script(
+        "compare.sh", "--output", str(out), "--wheels", str(home / "wheels"), *SMALL, "--only", "softmax", "--seeds", "7"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("done before") == 3
+    result = json.loads((out / "models" / "softmax-seed7" / "result.json").read_text())
+    assert (out / "compare.csv").read_text().splitlines()[1].split(",")[2:4] == ["7", str(result["bleu"])]
+    table = (out / "compare.md").read_text()
+    assert done.stdout.endswith(table)
+    assert f"| softmax | nowhere | {result['bleu']:.1f} |" in table
+    again = script("compare.sh", "--output", str(out), "--wheels", str(home / "wheels"), *SMALL, "--only", "hebb")
+    assert again.returncode == 1 and "hebb" in again.stderr
+
+
+def test_the_language_model_ends_with_a_continuation_and_its_perplexity(home: Path) -> None:
+    options = ["--output", str(home / "lm"), "--vocab-size", "400", "--epochs", "1", "--length", "5"]
+    small = ["--decoder-layers", "1", "--max-update", "2"]
+    done = script("lm.sh", *options, "--prompt", "The while", "--", *small)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line]
+    assert re.match(r"perplexity on held-out text = \d+\.\d+ ", lines[-1])
+    assert lines[-2].startswith("The while")
+
+
+def test_the_parts_of_the_language_model_text_share_no_paragraph(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, str(RECIPE / "python_text.py"), "--output", str(tmp_path)], check=True)
+    parts = [(tmp_path / part).read_text("utf-8").splitlines() for part in ("train", "valid", "test")]
+    assert all(len(part) > 20 for part in parts)
+    assert len(set().union(*parts)) == sum(map(len, parts))
+
+
+def test_the_scripts_need_no_tool_but_bash_and_python() -> None:
+    shutil.which("bash")
+    for path in RECIPE.glob("*.sh"):
+        done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,89 @@
+"""Tiny models for tests, built from command-line flags as fairseq-train would build them."""
+
+import argparse
+from typing import Any
+
+import torch
+from fairseq import models, options
+from fairseq.data import Dictionary
+from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from torch import Tensor
+
+import fwp_fairseq.models  # noqa: F401  (registers the architectures)
+
+PLACES = ("encoder-self-attention", "decoder-self-attention", "cross-attention")
+
+
+def dictionary(words: int) -> Dictionary:
+    """A dictionary of this many entries, fairseq's four special symbols among them."""
+    made = Dictionary()
+    for word in range(words - len(made)):
+        made.add_symbol(f"w{word}")
+    return made
+
+
+def places(kind: str, *chosen: str) -> list[str]:
+    """Flags that put one kind of attention into the chosen places, or all."""
+    return [flag for place in chosen or PLACES for flag in (f"--{place}", kind)]
+
+
+def parse(task: str, arch: str, *flags: str) -> argparse.Namespace:
+    """The namespace of fairseq-train for these flags, architecture defaults included."""
+    command = ["unused-data", "--task", task, "--arch", arch, *flags]
+    return options.parse_args_and_arch(options.get_training_parser(), command)
+
+
+def build_translation(*flags: str, arch: str = "fwp_transformer", words: int = 20, tiny: bool = True) -> Any:
+    """A translation model; ``tiny``: one layer on each side, width 8, two heads, unless flags say otherwise."""
+    sizes = "--encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 8 --encoder-ffn-embed-dim 16 "
+    sizes += "--encoder-attention-heads 2 --decoder-attention-heads 2"
+    args = parse("translation", arch, *(sizes.split() if tiny else []), *flags)
+    vocabulary = dictionary(words)
+    return _build(args, TranslationTask(TranslationConfig(), vocabulary, vocabulary))
+
+
+def build_lm(*flags: str, arch: str = "fwp_transformer_lm", words: int = 20, tiny: bool = True) -> Any:
+    """A language model; ``tiny``: one layer, width 8, two heads, unless flags say otherwise."""
+    sizes = "--decoder-layers 1 --decoder-embed-dim 8 --decoder-ffn-embed-dim 16 --decoder-attention-heads 2"
+    if arch == "transformer_lm":
+        sizes += " --decoder-input-dim 8 --decoder-output-dim 8"
+    args = parse("language_modeling", arch, *(sizes.split() if tiny else []), *flags)
+    args.max_target_positions = 64
+    return _build(args, LanguageModelingTask(LanguageModelingConfig(), dictionary(words)))
+
+
+def _build(args: argparse.Namespace, task: Any) -> Any:
+    model = models.ARCH_MODEL_REGISTRY[args.arch]
+    options_of_model = models.MODEL_DATACLASS_REGISTRY.get(models.ARCH_MODEL_NAME_REGISTRY[args.arch])
+    return model.build_model(args if options_of_model is None else options_of_model.from_namespace(args), task)
+
+
+def tokens(model: Any, batch: int, length: int, seed: int = 0) -> Tensor:
+    """Random words, (batch, length), without special symbols."""
+    size = len(model.decoder.dictionary)
+    return torch.randint(4, size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def translation_batch(model: Any, batch: int = 3, source: int = 7, target: int = 6) -> dict[str, Tensor]:
+    """Inputs of the model: sources of different lengths, padded on the left as fairseq does."""
+    pad, eos = model.decoder.dictionary.pad(), model.decoder.dictionary.eos()
+    src_tokens, prev_output_tokens = tokens(model, batch, source), tokens(model, batch, target, seed=1)
+    src_tokens[:, -1] = prev_output_tokens[:, 0] = eos
+    lengths = torch.tensor([max(2, source - 2 * row) for row in range(batch)])
+    for row, length in enumerate(lengths):
+        src_tokens[row, : source - length] = pad
+    return {"src_tokens": src_tokens, "src_lengths": lengths, "prev_output_tokens": prev_output_tokens}
+
+
+def decode_step_by_step(decoder: Any, prev_output_tokens: Tensor, encoder_out: Any = None) -> tuple[Tensor, dict]:
+    """Logits of every position from incremental decoding, one token at a time, and the state at the end."""
+    incremental_state: dict = {}
+    steps = []
+    with torch.no_grad():
+        for length in range(1, prev_output_tokens.size(1) + 1):
+            logits, _ = decoder(
+                prev_output_tokens[:, :length], encoder_out=encoder_out, incremental_state=incremental_state
+            )
+            steps.append(logits)
+    return torch.cat(steps, dim=1), incremental_state
