@@ -24,7 +24,7 @@ setup(
     extras_require={
         # Not required of everyone, since many have a fairseq from source. fairseq does not work with numpy 2.
         "fairseq": ["ve-fairseq; python_version>='3.11'", "fairseq; python_version<'3.11'", "numpy<2"],
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "babel", "polib", "setuptools", "wheel"],
+        "test": ["pytest", "hypothesis", "ruff", "mypy", "babel", "polib", "setuptools"],
     },
     classifiers=[
         "Intended Audience :: Science/Research",

@@ -59,10 +59,11 @@ def load_checkpoint_file(file: Any, map_location: Any = "cpu", extra_globals: tu
         with torch.serialization.safe_globals(allowed):
             # Given here, weights_only outranks TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
             state = torch.load(file, map_location=map_location, weights_only=True)
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:
-        # torch's own message advises to switch the protection off.
+        # Of whatever kind: torch may even find itself reading before the start of a file that was cut off. Its own
+        # message for what is not on the list advises to switch the protection off.
         found = re.search(r"GLOBAL (\S+)|(?:function|got) (<.+?>)", str(error))
         if found and isinstance(error, pickle.UnpicklingError):
             reason = f"it holds {found[1] or found[2]}, which is not on the list of what fairseq checkpoints contain"
@@ -70,15 +71,16 @@ def load_checkpoint_file(file: Any, map_location: Any = "cpu", extra_globals: tu
             reason = f"it is no PyTorch checkpoint, or it is incomplete or damaged ({type(error).__name__})"
         raise pickle.UnpicklingError(f"{name} was not loaded: {reason}.") from None
     if isinstance(state, dict):
-        for key, value in _expressions_that_call(state.get("cfg"), state.get("args")):
+        for option in _options_with_calls(state.get("cfg"), state.get("args")):
             raise pickle.UnpicklingError(
-                f"{name} was not loaded: its option {key} is {value!r}, and fairseq evaluates some options as code."
+                f"{name} was not loaded: its option {option} is Python code that makes a call, and fairseq evaluates "
+                "some options."
             )
     return state
 
 
-def _expressions_that_call(*configs: Any) -> Iterator[tuple[str, Any]]:
-    """Names and values of the options that are Python expressions with a call in them.
+def _options_with_calls(*configs: Any) -> Iterator[str]:
+    """Names of the options that are Python expressions with a call in them.
 
     fairseq passes options such as adaptive_softmax_cutoff to ``eval`` when it builds a model, and generation takes them
     from the checkpoint. A comprehension is as good as a call, since it can assign to attributes.
@@ -101,7 +103,7 @@ def _expressions_that_call(*configs: Any) -> Iterator[tuple[str, Any]]:
             except (TypeError, SyntaxError, ValueError, RecursionError, MemoryError):
                 continue
             if any(isinstance(node, calls) for node in ast.walk(tree)):
-                yield str(key), value
+                yield str(key)
 
 
 class _TorchWithSafeLoad(types.ModuleType):

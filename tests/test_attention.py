@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from fwp_fairseq.modules import FastWeightAttention, FastWeightConfig
 from fwp_fairseq.modules.key_features import KeyFeatures
 from fwp_fairseq.ops import fast_weight_memory, fast_weight_scan
@@ -110,8 +111,7 @@ def test_padding_is_a_no_op(config, causal, side):
     padding = torch.zeros(3, 7, dtype=torch.bool)
     for row, padded in enumerate((0, 2, 5)):
         if padded:
-            padding[row, :padded] = True if side == "left" else False
-            padding[row, 7 - padded :] = padding[row, 7 - padded :] | (side == "right")
+            padding[row, slice(padded) if side == "left" else slice(7 - padded, None)] = True
     out, _ = attention(x, x, x, key_padding_mask=padding)
     assert torch.isfinite(out).all()
     for row in range(3):

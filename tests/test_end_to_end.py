@@ -111,8 +111,10 @@ def test_the_average_of_two_epochs_translates(corpus: Corpus, trained: Path, run
 def test_eval_lm_finds_the_validation_loss_of_the_training_of_a_language_model(
     corpus: Corpus, run: Run, tmp_path: Path
 ) -> None:
-    data = ("--task", "language_modeling", corpus.language_model, *USER_DIR, "--sample-break-mode", "none")
-    data = (*data, "--tokens-per-sample", 32, "--max-tokens", 512)
+    data = (
+        *("--task", "language_modeling", corpus.language_model, *USER_DIR),
+        *("--sample-break-mode", "none", "--tokens-per-sample", 32, "--max-tokens", 512),
+    )
     training = run("fairseq-train", *data, *LANGUAGE_MODEL, *TRAINING, "--max-update", 30, "--save-dir", tmp_path)
     evaluation = run("fairseq-eval-lm", *data, "--path", tmp_path / "checkpoint_last.pt", "--gen-subset", "valid")
     loss = re.search(r"Loss \(base 2\): ([\d.]+)", evaluation.stdout + evaluation.stderr)
@@ -122,7 +124,7 @@ def test_eval_lm_finds_the_validation_loss_of_the_training_of_a_language_model(
     assert float(loss[1]) == pytest.approx(float(logged(training, "valid", "valid_loss")[-1]), abs=2e-3)
 
 
-def hydra_overrides(options: tuple[object, ...]) -> list[str]:
+def hydra_overrides(*options: object) -> list[str]:
     """Options of fairseq-train with a value each as fairseq-hydra-train wants them."""
     sections = {
         "task": ["data"],
@@ -133,7 +135,12 @@ def hydra_overrides(options: tuple[object, ...]) -> list[str]:
         "checkpoint": ["save_dir"],
     }
     section_of = {name: section for section, names in sections.items() for name in names}
-    overrides = ["task=translation", "common.cpu=true", "checkpoint.no_epoch_checkpoints=true"]
+    overrides = [
+        "task=translation",
+        "common.cpu=true",
+        "common.reset_logging=true",
+        "checkpoint.no_epoch_checkpoints=true",
+    ]
     for flag, value in zip(options[::2], options[1::2], strict=True):
         name = str(flag).removeprefix("--").replace("-", "_")
         if name == "arch":
@@ -157,15 +164,17 @@ def twenty_updates(
     options = (*TRANSLATION, *TRAINING, "--dropout", 0.1, "--batch-size", 50)
     command = ("fairseq-train", corpus.translation, *USER_DIR, *options, "--no-epoch-checkpoints", "--save-dir")
     # Hydra changes to a folder of its own.
-    hydra = (*options, "--max-update", 20, "--data", corpus.translation, "--user-dir", ROOT / "fwp_fairseq")
-    hydra = (*hydra, "--save-dir", folder / "hydra")
+    hydra = hydra_overrides(
+        *(*options, "--max-update", 20, "--save-dir", folder / "hydra"),
+        *("--data", corpus.translation, "--user-dir", ROOT / "fwp_fairseq"),
+    )
     stretch, half = side_by_side(
         lambda: run(*command, folder / "stretch", "--max-update", 20),
         lambda: run(*command, folder / "halves", "--max-update", 10),
     )
     resumed, by_hydra = side_by_side(
         lambda: run(*command, folder / "halves", "--max-update", 20),
-        lambda: run("fairseq-hydra-train", *hydra_overrides(hydra), f"hydra.run.dir={folder / 'hydra'}"),
+        lambda: run("fairseq-hydra-train", *hydra, f"hydra.run.dir={folder / 'hydra'}"),
     )
     return {
         "stretch": outcome(folder / "stretch", stretch),
@@ -193,12 +202,14 @@ def test_two_processes_that_resume_half_way_train_as_one_does_on_the_same_total_
     options = (*TRANSLATION, *TRAINING, "--dropout", 0, "--batch-size", 50, "--no-epoch-checkpoints", "--save-dir")
     command = ("fairseq-train", corpus.translation, *USER_DIR, *options)
     # Without a GPU fairseq takes nothing from torchrun by itself, and would start two trainings of one process each.
-    distributed = ("--distributed-world-size", 2, "--distributed-init-method", "env://", "--distributed-rank=-1")
-    distributed = (*distributed, "--distributed-no-spawn", "--distributed-backend", "gloo", "--ddp-backend")
+    distributed = (
+        *("--distributed-world-size", 2, "--distributed-init-method", "env://", "--distributed-rank=-1"),
+        *("--distributed-no-spawn", "--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp"),
+    )
     torchrun = ("torchrun", "--standalone", "--nproc_per_node", 2, find_script("fairseq-train"), *command[1:])
     one = run(*command, tmp_path / "one", "--update-freq", 2, "--max-update", 10)
-    half = run(*torchrun, tmp_path / "two", *distributed, "legacy_ddp", "--max-update", 5)
-    resumed = run(*torchrun, tmp_path / "two", *distributed, "legacy_ddp", "--max-update", 10)
+    half = run(*torchrun, tmp_path / "two", *distributed, "--max-update", 5)
+    resumed = run(*torchrun, tmp_path / "two", *distributed, "--max-update", 10)
     assert "training on 2 devices" in half.stdout + half.stderr
     expected_losses, expected = outcome(tmp_path / "one", one)
     losses, found = outcome(tmp_path / "two", half, resumed)

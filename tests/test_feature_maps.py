@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from fwp_fairseq.ops import (
     dpfp,
     draw_favor_projection,

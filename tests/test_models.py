@@ -1,4 +1,4 @@
-"""The registered models: fairseq's own Transformer with fast weights hooked in, and all of its options still working."""
+"""The registered models: fairseq's Transformer with fast weights hooked in, and all of its options still working."""
 
 import argparse
 import itertools
@@ -7,9 +7,8 @@ import math
 
 import pytest
 import torch
-from fairseq import models, options
+from fairseq import models
 from fairseq.sequence_generator import SequenceGenerator
-from fwp_fairseq.modules import FastWeightAttention
 from hydra.core.config_store import ConfigStore
 from tiny_models import (
     PLACES,
@@ -22,6 +21,8 @@ from tiny_models import (
     tokens,
     translation_batch,
 )
+
+from fwp_fairseq.modules import FastWeightAttention
 
 ALL = places("fast-weight")
 
@@ -52,7 +53,13 @@ def assert_same_model(ours, theirs, batch):
     [
         [],
         ["--share-all-embeddings", "--encoder-normalize-before", "--decoder-normalize-before", "--dropout", "0.3"],
-        ["--share-decoder-input-output-embed", "--encoder-learned-pos", "--layernorm-embedding", "--relu-dropout", "0.1"],
+        [
+            "--share-decoder-input-output-embed",
+            "--encoder-learned-pos",
+            "--layernorm-embedding",
+            "--relu-dropout",
+            "0.1",
+        ],
         ["--encoder-layers", "3", "--encoder-layerdrop", "0.5", "--decoder-layers", "3", "--decoder-layerdrop", "0.5"],
         ["--attention-dropout", "0.2", "--checkpoint-activations", "--no-token-positional-embeddings"],
     ],
@@ -145,15 +152,22 @@ def test_activation_checkpointing_changes_nothing(flags):
         torch.testing.assert_close(checkpointed_gradients[name], gradient)
 
 
+def adaptive(factor: int) -> list[str]:
+    """Flags of adaptive input and softmax of the same shape, clusters narrower by this factor."""
+    return [
+        "--adaptive-input",
+        *("--adaptive-input-cutoff", "8,14", "--adaptive-input-factor", str(factor)),
+        *("--adaptive-softmax-cutoff", "8,14", "--adaptive-softmax-factor", str(factor)),
+    ]
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         [],
         ["--decoder-normalize-before", "--share-decoder-input-output-embed", "--no-token-positional-embeddings"],
-        "--adaptive-input --adaptive-input-cutoff 8,14 --adaptive-softmax-cutoff 8,14 "
-        "--adaptive-input-factor 2 --adaptive-softmax-factor 2".split(),
-        "--adaptive-input --adaptive-input-cutoff 8,14 --adaptive-softmax-cutoff 8,14 --tie-adaptive-weights "
-        "--tie-adaptive-proj --adaptive-input-factor 1 --adaptive-softmax-factor 1".split(),
+        adaptive(2),
+        [*adaptive(1), "--tie-adaptive-weights", "--tie-adaptive-proj"],
         ["--decoder-input-dim", "4", "--decoder-output-dim", "6"],
         ["--scale-attn", "--scale-heads", "--scale-fc", "--scale-resids", "--checkpoint-activations"],
         ["--character-embeddings", "--character-filters", "[(1, 4), (2, 4)]"],
@@ -186,9 +200,7 @@ def count(model) -> int:
 def test_paper_s_language_models_have_their_parameters(size, rule, millions):
     """Table 2: 89.8 M and 89.9 M; for the small one appendix D.3 counts near 44 M with the full embedding table."""
     with torch.device("meta"):
-        model = build_lm(
-            "--update-rule", rule, arch=f"fwp_transformer_lm_wiki103_{size}", words=267_735, tiny=False
-        )
+        model = build_lm("--update-rule", rule, arch=f"fwp_transformer_lm_wiki103_{size}", words=267_735, tiny=False)
     assert round(count(model) / 1e6, 1) == millions
     assert len(model.decoder.layers) == 16 and not model.decoder.layers[0].normalize_before
     assert sum(p.numel() for n, p in model.named_parameters() if "write_proj" in n) == (
@@ -243,7 +255,9 @@ def test_beam_search_finds_the_best_of_all_sequences(flags):
         with torch.no_grad():
             encoder_out = model.encoder(batch["src_tokens"][row : row + 1, 5 - length :], length)
             for target in targets:
-                log_probs = model.decoder(torch.tensor([[eos, *target[:-1]]]), encoder_out=encoder_out)[0].log_softmax(-1)
+                log_probs = model.decoder(torch.tensor([[eos, *target[:-1]]]), encoder_out=encoder_out)[0].log_softmax(
+                    -1
+                )
                 scores[tuple(target)] = log_probs[0].gather(-1, torch.tensor(target)[:, None]).mean().item()
         best = max(scores, key=lambda target: scores[target])
         assert tuple(hypotheses[0]["tokens"].tolist()) == best
@@ -301,7 +315,9 @@ def test_unknown_choices_are_refused(option, capsys):
         parse("translation", "fwp_transformer", flag, "nonsense")
     assert f"argument {flag}: invalid choice: 'nonsense'" in capsys.readouterr().err
     # A model built from Python has no argument parser before it.
-    config = models.MODEL_DATACLASS_REGISTRY["fwp_transformer"](**{"cross_attention": "fast-weight", option: "nonsense"})
+    config = models.MODEL_DATACLASS_REGISTRY["fwp_transformer"](
+        **{"cross_attention": "fast-weight", option: "nonsense"}
+    )
     vocabulary = dictionary(20)
     task = argparse.Namespace(source_dictionary=vocabulary, target_dictionary=vocabulary)
     with pytest.raises(ValueError, match=f"{flag} is nonsense, allowed are "):

@@ -9,11 +9,12 @@ from typing import Optional
 
 import pytest
 import torch
-from fwp_fairseq.ops import BACKENDS, fast_weight_memory, fast_weight_scan, fast_weight_step
-from fwp_fairseq.ops.chunkwise import DEFAULT_CHUNK_SIZE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from fwp_fairseq.ops import BACKENDS, fast_weight_memory, fast_weight_scan, fast_weight_step
+from fwp_fairseq.ops.chunkwise import DEFAULT_CHUNK_SIZE
 
 backends = pytest.mark.parametrize("backend", sorted(BACKENDS))
 # What each rule of the table uses of (write, erase, decay).

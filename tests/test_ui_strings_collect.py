@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -345,3 +346,7 @@ def test_the_table_of_packages_is_pinned_checksummed_and_permissive() -> None:
     for package in packages:
         assert len(package.sha256) == 64
         assert package.licence in {"MIT", "BSD-2-Clause", "BSD-3-Clause", "Apache-2.0"}
+    # The README's table says the same.
+    rows = re.findall(r"^\| ([\w, -]+) \| ([\w.-]+) \|$", (RECIPE / "README.md").read_text("utf-8"), re.MULTILINE)
+    told = {(name, licence) for names, licence in rows for name in names.split(", ")}
+    assert {(package.requirement.split("==")[0], package.licence) for package in packages} <= told

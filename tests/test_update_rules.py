@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fwp_fairseq.ops import (
     BACKENDS,
     UPDATE_RULES,

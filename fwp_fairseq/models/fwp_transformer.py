@@ -4,7 +4,7 @@ Everything but the attention modules is fairseq's: this file only says which opt
 """
 
 from dataclasses import field, fields, is_dataclass, make_dataclass
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 from fairseq.dataclass import ChoiceEnum
 from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_architecture
@@ -58,7 +58,7 @@ def _flat_fields(config: type, prefix: str = "") -> list[tuple[str, Any, Any]]:
         if option.name == "_name":
             continue
         if is_dataclass(option.type):
-            flat += _flat_fields(option.type, f"{name}_")
+            flat += _flat_fields(cast(type, option.type), f"{name}_")
         elif name in _FOLLOWS:
             flat.append((name, Optional[int], size_that_follows(_FOLLOWS[name])))
         else:

@@ -34,9 +34,9 @@ class FWPTransformerLanguageModelConfig(TransformerLanguageModelConfig, FastWeig
     Input and output width follow ``decoder_embed_dim`` unless they are given; fairseq leaves them at 512.
     """
 
-    decoder_input_dim: Optional[int] = size_that_follows("decoder_embed_dim")  # type: ignore[assignment]
-    decoder_output_dim: Optional[int] = size_that_follows("decoder_embed_dim")  # type: ignore[assignment]
-    decoder_self_attention: AttentionKind = PLACE_FIELDS[DECODER_SELF_ATTENTION]  # type: ignore[valid-type]
+    decoder_input_dim: Optional[int] = size_that_follows("decoder_embed_dim")
+    decoder_output_dim: Optional[int] = size_that_follows("decoder_embed_dim")
+    decoder_self_attention: AttentionKind = PLACE_FIELDS[DECODER_SELF_ATTENTION]
 
 
 @register_model("fwp_transformer_lm", dataclass=FWPTransformerLanguageModelConfig)

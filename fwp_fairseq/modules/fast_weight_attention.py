@@ -1,7 +1,8 @@
 """Multi-head attention whose memory is a fast-weight matrix, behind the interface of fairseq's MultiheadAttention."""
 
 import math
-from typing import Optional
+from collections.abc import Callable
+from typing import Any, Optional
 
 import torch
 from fairseq.incremental_decoding_utils import with_incremental_state
@@ -52,6 +53,11 @@ class FastWeightAttention(nn.Module):
     Shapes are fairseq's: time first, (L, B, embed_dim). The second output, attention weights, is always None.
     """
 
+    # What fairseq's decorator adds.
+    init_incremental_state: Callable[[], None]
+    get_incremental_state: Callable[..., Any]
+    set_incremental_state: Callable[..., Any]
+
     def __init__(
         self,
         embed_dim: int,
@@ -81,7 +87,7 @@ class FastWeightAttention(nn.Module):
         self.attention_normalization = config.attention_normalization
         self.beam_size = 1
 
-        def linear(inputs: int, outputs: int, bias: bool) -> nn.Module:
+        def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
             return quant_noise(nn.Linear(inputs, outputs, bias=bias), q_noise, qn_block_size)
 
         bias = not config.no_attention_bias
@@ -99,10 +105,11 @@ class FastWeightAttention(nn.Module):
             m=config.favor_features,
         )
         # FWM reads through a layer norm (sec. 6.1.2): the bound on its memory bounds what can be read.
-        self.read_layer_norm = LayerNorm(self.head_dim) if self.rule.max_norm is not None else None
+        normalize_read = config.read_layer_norm or self.rule.max_norm is not None
+        self.read_layer_norm = LayerNorm(self.head_dim) if normalize_read else None
         self.dropout_module = FairseqDropout(dropout, module_name=self.__class__.__name__)
         self.reset_parameters()
-        self.init_incremental_state()  # type: ignore[attr-defined]
+        self.init_incremental_state()
 
     def reset_parameters(self) -> None:
         """As fairseq's attention; the write strength starts near 1/2, the kept share of a gated memory near 1."""
@@ -235,8 +242,10 @@ class FastWeightAttention(nn.Module):
             return normalized_memory(
                 k, v, gates, initial_state=memory, initial_normalizer=normalizer, backend=self.backend
             )
-        options = {"backend": self.backend, "max_norm": self.rule.max_norm}
-        return fast_weight_memory(k, v, *gates, initial_state=memory, **options), None
+        memory = fast_weight_memory(
+            k, v, *gates, initial_state=memory, backend=self.backend, max_norm=self.rule.max_norm
+        )
+        return memory, None
 
     def _step(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, memory: Tensor, normalizer: Optional[Tensor]
@@ -279,12 +288,12 @@ class FastWeightAttention(nn.Module):
         return self._set_input_buffer(incremental_state, reordered)
 
     def _get_input_buffer(self, incremental_state: Optional[IncrementalState]) -> dict[str, Optional[Tensor]]:
-        return self.get_incremental_state(incremental_state, "attn_state") or {}  # type: ignore[attr-defined]
+        return self.get_incremental_state(incremental_state, "attn_state") or {}
 
     def _set_input_buffer(
         self, incremental_state: Optional[IncrementalState], buffer: dict[str, Optional[Tensor]]
     ) -> Optional[IncrementalState]:
-        return self.set_incremental_state(incremental_state, "attn_state", buffer)  # type: ignore[attr-defined]
+        return self.set_incremental_state(incremental_state, "attn_state", buffer)
 
 
 def _cut(gates: Gates, where: "slice | int") -> Gates:

@@ -37,6 +37,9 @@ class FastWeightConfig(FairseqDataclass):
     attention_normalization: bool = field(
         default=False, metadata={"help": "divide what is read by the accumulated keys (eq. 26-28)"}
     )
+    read_layer_norm: bool = field(
+        default=False, metadata={"help": "layer-normalise what each head reads; always on with the fwm rule"}
+    )
     write_strength_bias: bool = field(
         default=False, metadata={"help": "add a learned bias to the projection that gives the write strength"}
     )
@@ -52,7 +55,9 @@ class FastWeightConfig(FairseqDataclass):
         """The options as plain values, from an argparse namespace or a model configuration that may have more."""
         values = {f.name: getattr(args, f.name) for f in fields(cls) if f.name != "_name" and hasattr(args, f.name)}
         # Choices arrive as strings or as members of an enumeration.
-        plain = {name: value if isinstance(value, (bool, int)) else str(value) for name, value in values.items()}
+        plain: dict[str, Any] = {
+            name: value if isinstance(value, (bool, int)) else str(value) for name, value in values.items()
+        }
         return cls(**plain)
 
     @property

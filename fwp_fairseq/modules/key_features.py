@@ -1,8 +1,8 @@
 """Feature map and normalisation of keys and queries, composed into one module."""
 
-from typing import Callable, Optional
+from collections.abc import Callable
+from typing import Optional
 
-import torch
 from torch import Tensor, nn
 
 from fwp_fairseq.ops import (
@@ -69,5 +69,5 @@ class KeyFeatures(nn.Module):
         elif self.feature_map == "dpfp":
             features = dpfp(wide, self.nu)
         else:
-            features = {"elu": elu_plus_one, "tanh": torch.tanh}[self.feature_map](wide)
+            features = elu_plus_one(wide) if self.feature_map == "elu" else wide.tanh()
         return KEY_NORMALIZATIONS[self.normalization](features).to(x.dtype)

@@ -44,8 +44,7 @@ def normalized_scan(
         return _ratio(weighted, total).to(v.dtype), state[..., :-1], state[..., -1:]
 
     ones, count = _counting(v, gates)
-    options = {"initial_state": initial_normalizer, "backend": backend}
-    total, normalizer = fast_weight_scan(q, k, ones, *count, **options)
+    total, normalizer = fast_weight_scan(q, k, ones, *count, initial_state=initial_normalizer, backend=backend)
     erase = gates.erase * _inverse(_earlier_total(k, ones, count, initial_normalizer, backend)).squeeze(-1)
     out, state = fast_weight_scan(
         q, k, v, gates.write, erase, gates.decay, initial_state=initial_state, backend=backend
@@ -93,9 +92,7 @@ def normalized_read(q: Tensor, state: Tensor, normalizer: Tensor) -> Tensor:
     return _ratio(q @ state, q @ normalizer)
 
 
-def _earlier_total(
-    k: Tensor, ones: Tensor, count: Gates, initial_normalizer: Optional[Tensor], backend: str
-) -> Tensor:
+def _earlier_total(k: Tensor, ones: Tensor, count: Gates, initial_normalizer: Optional[Tensor], backend: str) -> Tensor:
     """decay_t z_{t-1} · k_t for every t: (B, H, L, 1). What a read with k_{t+1} right after write t finds, moved on.
 
     v̄_t carries the token's decay, and so must its divisor.
@@ -117,7 +114,7 @@ def _kept(total: Tensor, decay: Optional[Tensor]) -> Tensor:
 def _counting(v: Tensor, gates: Gates) -> tuple[Tensor, Gates]:
     """Ones to write in place of values, and the gates to write them with.
 
-    Rules that erase count every token that writes at all in full (padding does not write); the others by what it writes.
+    Rules that erase count every token that writes at all in full (padding does not); the others count what it writes.
     """
     ones = torch.ones_like(v[..., :1], dtype=state_dtype(v.dtype))
     write = gates.write

@@ -18,7 +18,7 @@ The backward pass keeps the memories at chunk borders only, and recomputes each 
 differentiate it: peak memory is one chunk's matrices plus L / C memories, not a memory per token.
 """
 
-from typing import Optional
+from typing import Optional, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ from torch.autograd.function import once_differentiable
 # Bounds the share of work that grows with C (the C x C products) against the number of sequential steps.
 DEFAULT_CHUNK_SIZE = 64
 
-_Chunk = tuple[Optional[Tensor], ...]
+# (q, k, v, write, erase, decay), as _advance takes them.
+_Chunk = tuple[Optional[Tensor], Tensor, Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor]]
 
 
 def _remaining(decay: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ class _ChunkwiseScan(torch.autograd.Function):
         grads = [torch.empty_like(x) if x is not None and want else None for x, want in zip(sequences, wanted)]
         for index in reversed(range(len(borders))):
             start = index * ctx.chunk_size
-            chunk = [None if x is None else x.detach() for x in _cut(sequences, start, ctx.chunk_size)]
+            chunk = cast(_Chunk, [None if x is None else x.detach() for x in _cut(sequences, start, ctx.chunk_size)])
             memory = borders[index].detach().requires_grad_()
             inputs = [x.requires_grad_() for x, want in zip(chunk, wanted) if x is not None and want]
             with torch.enable_grad():
@@ -126,7 +127,7 @@ class _ChunkwiseScan(torch.autograd.Function):
 
 
 def _cut(sequences: _Chunk, start: int, size: int) -> _Chunk:
-    return tuple(None if x is None else x[:, :, start : start + size] for x in sequences)
+    return cast(_Chunk, tuple(None if x is None else x[:, :, start : start + size] for x in sequences))
 
 
 def scan(

@@ -4,7 +4,8 @@ They check shapes, promote to the state's type, and pick a backend; the mathemat
 definition) and ``chunkwise`` (parallel over time). ``update_rules`` says which scalars make which rule.
 """
 
-from typing import Any, Callable, Optional
+from collections.abc import Callable
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -96,8 +97,8 @@ def fast_weight_step(
         raise ValueError(
             f"state is {tuple(state.shape)} {state.dtype}, it must be {(*k.shape, v.size(-1))} {dtype}: (B, H, Dk, Dv)"
         )
-    gates = [None if gate is None else gate.to(dtype) for gate in (write, erase, decay)]
-    state.copy_(token_loop.write_token(state, k.to(dtype), v.to(dtype), *gates, max_norm=max_norm))
+    write, erase, decay = (None if gate is None else gate.to(dtype) for gate in (write, erase, decay))
+    state.copy_(token_loop.write_token(state, k.to(dtype), v.to(dtype), write, erase, decay, max_norm))
     return token_loop.read_token(state, q.to(dtype)).to(v.dtype)
 
 

@@ -6,7 +6,8 @@ is Schlag, Irie and Schmidhuber, "Linear Transformers Are Secretly Fast Weight P
 """
 
 import math
-from typing import Callable, Optional
+from collections.abc import Callable
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -56,14 +57,17 @@ def draw_favor_projection(
         raise ValueError(f"draw_favor_projection: d_key is {d_key} and m is {m}, both must be at least 1")
     # QR exists in float32 and float64 only.
     draw_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    options = {"device": device, "dtype": draw_dtype, "generator": generator}
+
+    def normal(rows: int) -> Tensor:
+        return torch.randn(rows, d_key, device=device, dtype=draw_dtype, generator=generator)
+
     blocks = []
     for start in range(0, m, d_key):
-        q, r = torch.linalg.qr(torch.randn(d_key, d_key, **options))
+        q, r = torch.linalg.qr(normal(d_key))
         # Without these signs the columns of q would lean to one side: QR fixes the signs by its own convention.
         directions = q * r.diagonal().sign()
         blocks.append(directions.T[: m - start])
-    lengths = torch.randn(m, d_key, **options).norm(dim=-1, keepdim=True)
+    lengths = normal(m).norm(dim=-1, keepdim=True)
     return (torch.cat(blocks) * lengths).to(dtype or draw_dtype)
 
 

@@ -9,5 +9,5 @@ def smallest_divisor(dtype: torch.dtype) -> float:
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type of the fast-weight state and of all accumulation for inputs of ``dtype``: float64 for float64, else float32."""
+    """Type of the state and of all accumulation for inputs of ``dtype``: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

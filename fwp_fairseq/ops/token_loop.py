@@ -55,8 +55,8 @@ def scan(
     memory = initial_state
     outputs = []
     for t in range(k.size(2)):
-        gates = (None if gate is None else gate[:, :, t] for gate in (write, erase, decay))
-        memory = write_token(memory, k[:, :, t], v[:, :, t], *gates, max_norm=max_norm)
+        write_t, erase_t, decay_t = (None if gate is None else gate[:, :, t] for gate in (write, erase, decay))
+        memory = write_token(memory, k[:, :, t], v[:, :, t], write_t, erase_t, decay_t, max_norm)
         if q is not None:
             outputs.append(read_token(memory, q[:, :, t]))
     if q is None:

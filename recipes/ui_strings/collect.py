@@ -101,7 +101,7 @@ def find_wheel(folder: Path, requirement: str) -> Path | None:
 
 
 def fetch(package: Package, cache: Path) -> Path:
-    """The wheel of a package from the cache, which this interpreter's pip, as configured, downloads it to if need be."""
+    """The wheel of a package in the cache, where this interpreter's pip, as configured, puts it if it is not there."""
     wheel = find_wheel(cache, package.requirement)
     if wheel is None:
         print(f"download {package.requirement}", flush=True)
@@ -196,7 +196,7 @@ def useful(pair: Pair) -> bool:
 
 
 def best_targets(pairs: Sequence[Pair]) -> list[Pair]:
-    """One target per source: the most frequent, the first seen on a tie. Sources come in the order they are first seen."""
+    """One target per source: the most frequent, the first seen on a tie. Sources stay in the order of the pairs."""
     counts: dict[str, Counter[str]] = {}
     for pair in pairs:
         counts.setdefault(pair.source, Counter())[pair.target] += 1

@@ -202,10 +202,22 @@ fairseq() {
     "$python" -m "fairseq_cli.$tool" "$@"
 }
 
-# Sets device=(): --cpu where there is no CUDA device.
-find_device() {
-    device=(--user-dir "$user_dir")
-    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || device+=(--cpu)
+# quietly LOG COMMAND...: run a command with its messages in a file, whose end is shown if it fails.
+quietly() {
+    local log=$1
+    shift
+    if ! "$@" 2>"$log"; then
+        tail -n 5 -- "$log" >&2
+        fail "fairseq-${2//_/-} failed (all of its messages: $log)."
+    fi
+}
+
+# Sets basics=(), what all fairseq commands that run a model are given: where the plugin is, and --cpu where there is no
+# CUDA device. A multiple other than 1 would make fairseq leave out what does not fill the last batch, of the test too.
+find_basics() {
+    [[ -z ${basics[*]-} ]] || return 0
+    basics=(--user-dir "$user_dir" --required-batch-size-multiple 1)
+    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || basics+=(--cpu)
 }
 
 # --- Fast weights ----------------------------------------------------------------------------------------------------
@@ -232,11 +244,12 @@ fast_weight_flags() {
 
 # check_attention WIDTH HEADS: let the package say, before any work is done, whether it can build such an attention.
 check_attention() {
-    (cd -- "$repository" && "$python" - "$@" "$rule" "$feature_map" "$key_normalization" "$dpfp_nu" \
+    (cd -- "$repository" && "$python" - "$(basename "$0")" "$@" "$rule" "$feature_map" "$key_normalization" "$dpfp_nu" \
         "$favor_features" "$attention_normalization") <<'END' || exit 1
-import sys
+import logging, sys
+logging.disable(logging.INFO)  # of fairseq; warnings about the options are to be seen
 from fwp_fairseq.modules import FastWeightConfig
-width, heads, rule, feature_map, key_normalization, nu, features, normalize = sys.argv[1:]
+script, width, heads, rule, feature_map, key_normalization, nu, features, normalize = sys.argv[1:]
 config = FastWeightConfig(
     update_rule=rule, feature_map=feature_map, key_normalization=key_normalization,
     dpfp_nu=int(nu), favor_features=int(features), attention_normalization=normalize == "1",
@@ -244,7 +257,7 @@ config = FastWeightConfig(
 try:
     config.check(int(width), int(heads), "decoder")
 except ValueError as error:
-    sys.exit(str(error).replace("--update-rule", "--rule"))
+    sys.exit(f"{script}: {error}.".replace("--update-rule", "--rule"))
 END
 }
 
@@ -282,7 +295,7 @@ train() {
     if [[ -e $folder/checkpoint_last.pt ]] && ! "$python" -m zipfile --test "$folder/checkpoint_last.pt" &>/dev/null; then
         rm -- "$folder/checkpoint_last.pt"
     fi
-    fairseq train "$@" "${device[@]}" --save-dir "$folder" --no-epoch-checkpoints --seed "$seed" --max-epoch "$epochs" \
+    fairseq train "$@" "${basics[@]}" --save-dir "$folder" --no-epoch-checkpoints --seed "$seed" --max-epoch "$epochs" \
         --num-workers 0 --log-format simple --log-interval 50 2>&1 | tee -a -- "$folder/train.log"
     [[ -e $folder/checkpoint_best.pt ]] || fail "training ended without a checkpoint; see $output/$folder/train.log."
 }

@@ -4,7 +4,7 @@
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 # The attention that is trained unless options say otherwise.
-default_rule=delta
+default_rule="delta"
 default_feature_map=dpfp
 default_dpfp_nu=1
 default_attention_normalization=0
@@ -69,7 +69,7 @@ make_text() {
 
 make_binary() {
     rm -rf lm/data-bin lm/data-bin.new
-    fairseq preprocess --only-source --workers 1 --trainpref lm/text/train.pieces --validpref lm/text/valid.pieces \
+    quietly lm/preprocess.log fairseq preprocess --only-source --workers 1 --trainpref lm/text/train.pieces --validpref lm/text/valid.pieces \
         --testpref lm/text/test.pieces --destdir lm/data-bin.new >/dev/null
     mv lm/data-bin.new lm/data-bin
 }
@@ -82,16 +82,16 @@ step steps/lm-data-bin lm/data-bin/dict.txt "$data" "fairseq-preprocess" make_bi
 # --- Training and perplexity -----------------------------------------------------------------------------------------
 
 train_model() {
-    find_device
+    find_basics
     cp lm/spm.model lm/data-bin/dict.txt "$folder/"
     train "$folder" lm/data-bin "${training[@]}" "${flags[@]}"
 }
 
 evaluate() {
-    find_device
-    fairseq eval_lm lm/data-bin "${device[@]}" --path "$folder/checkpoint_best.pt" --gen-subset test \
-        --tokens-per-sample "$block" --max-tokens 2048 --log-format none >"$folder/eval-lm.out.new" 2>&1 ||
-        fail "fairseq-eval-lm failed: $(tail -n 1 "$folder/eval-lm.out.new")"
+    find_basics
+    quietly "$folder/eval-lm.log" fairseq eval_lm lm/data-bin "${basics[@]}" --path "$folder/checkpoint_best.pt" \
+        --gen-subset test --tokens-per-sample "$block" --max-tokens 2048 --log-format none >"$folder/eval-lm.out.new"
+    cat -- "$folder/eval-lm.log" >>"$folder/eval-lm.out.new"
     mv -- "$folder/eval-lm.out.new" "$folder/eval-lm.out"
 }
 
@@ -102,12 +102,13 @@ step "$folder/.evaluated" "$folder/eval-lm.out" "$settings" "fairseq-eval-lm on 
 # --- Continuation ----------------------------------------------------------------------------------------------------
 
 say "model: $output/$folder"
-find_device
+find_basics
 continuation=$(
     printf '%s\n' "${prompt//[$'\n\r']/ }" |
-        fairseq interactive "$folder" "${device[@]}" --path "$folder/checkpoint_best.pt" --task language_modeling \
+        quietly "$folder/continue.log" fairseq interactive "$folder" "${basics[@]}" \
+            --path "$folder/checkpoint_best.pt" --task language_modeling \
             --bpe sentencepiece --sentencepiece-model "$folder/spm.model" --beam 1 --nbest 1 --sampling \
-            --sampling-topk 10 --temperature 0.8 --seed "$seed" --max-len-a 0 --max-len-b "$length" |
+            --sampling-topk 10 --temperature 0.8 --seed "$seed" --max-len-a 1 --max-len-b "$length" |
         awk -F'\t' '/^D-[0-9]+\t/ { print $3 }'
 )
 printf '\n%s\n\n' "$continuation"

@@ -4,7 +4,7 @@
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 # The attention that is trained unless options say otherwise.
-default_rule=delta
+default_rule="delta"
 default_feature_map=dpfp
 default_dpfp_nu=1
 default_attention_normalization=0
@@ -23,7 +23,7 @@ training=(
     --optimizer adam --adam-betas '(0.9, 0.98)' --lr 3e-3 --lr-scheduler inverse_sqrt --warmup-updates 400
     --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 2048
 )
-beam=5
+search=(--beam 5 --max-len-a 2 --max-len-b 20)
 
 usage() {
     cat <<END
@@ -96,7 +96,7 @@ make_text() {
 
 make_binary() {
     rm -rf data-bin data-bin.new
-    fairseq preprocess --user-dir "$user_dir" --source-lang en --target-lang de --joined-dictionary --workers 1 \
+    quietly preprocess.log fairseq preprocess --source-lang en --target-lang de --joined-dictionary --workers 1 \
         --trainpref text/train --validpref text/valid --testpref text/test --destdir data-bin.new >/dev/null
     mv data-bin.new data-bin
 }
@@ -116,23 +116,24 @@ step steps/data-bin data-bin/dict.en.txt "$corpus pieces $vocab_size" "fairseq-p
 # --- Training and score ----------------------------------------------------------------------------------------------
 
 train_model() {
-    find_device
+    find_basics
     # A model folder holds all that translate.sh needs, whatever becomes of the data.
     cp text/spm.model data-bin/dict.en.txt data-bin/dict.de.txt "$folder/"
     train "$folder" data-bin "${training[@]}" "${flags[@]}"
 }
 
 translate_test() {
-    find_device
-    fairseq generate data-bin "${device[@]}" --path "$folder/checkpoint_best.pt" --gen-subset test --beam "$beam" \
-        --batch-size 100 --remove-bpe sentencepiece --scoring sacrebleu --log-format none >"$folder/test.out.new"
+    find_basics
+    quietly "$folder/test.log" fairseq generate data-bin "${basics[@]}" --path "$folder/checkpoint_best.pt" \
+        --gen-subset test --batch-size 100 "${search[@]}" --remove-bpe sentencepiece --scoring sacrebleu \
+        --log-format none >"$folder/test.out.new"
     mv -- "$folder/test.out.new" "$folder/test.out"
     "$python" "$recipe/report.py" result "$folder"
 }
 
 enter_model "$name" "corpus $corpus, $vocab_size pieces" "epochs $epochs, seed $seed" "${training[*]}" "${flags[*]}"
 step "$folder/.trained" "$folder/checkpoint_best.pt" "$settings" "training $folder" train_model
-step "$folder/.scored" "$folder/result.json" "$settings, beam $beam" "translating the test strings" translate_test
+step "$folder/.scored" "$folder/result.json" "$settings ${search[*]}" "translating the test strings" translate_test
 printf '%s\n' "$folder" >"latest.$$"
 mv -- "latest.$$" latest
 

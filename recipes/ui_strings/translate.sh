@@ -5,7 +5,7 @@
 
 usage() {
     cat <<END
-Usage: bash translate.sh [OPTION]... [SENTENCE]...
+Usage: bash translate.sh [OPTION]... [--] [SENTENCE]...
 
 Translate each argument, or, without arguments, each line of standard input, from English to German. Only translations
 are written to standard output, one a line, in the order of the input.
@@ -16,6 +16,7 @@ common_options
 option model text "" "name of the trained model, a folder in OUTPUT/models (default: the latest of run.sh)"
 option beam count 5 "width of the beam search"
 parse_options "$@"
+words+=(${extra[@]+"${extra[@]}"})
 [[ -d $output ]] || fail "there is no trained model in $output: train one with run.sh, or name its folder with --output."
 enter_output
 if [[ -z $model && -f latest ]]; then
@@ -28,7 +29,7 @@ for file in checkpoint_best.pt spm.model dict.en.txt dict.de.txt; do
         fail "there is no trained model in $output${model:+/models/$model}: train one with run.sh first."
 done
 enter_environment >&2
-find_device
+find_basics
 
 # One sentence a line, whatever white space an argument has in it.
 sentences() {
@@ -45,8 +46,11 @@ if ((!${#words[@]})) && [[ -t 0 ]]; then
     printf 'One English sentence a line; Ctrl-D ends.\n' >&2
 fi
 
+log=$(mktemp)
+trap 'rm -f -- "$log"' EXIT
 # Of what fairseq-interactive prints, the source (S) and the translation (D) of each line; nothing in, nothing out.
-sentences | PYTHONUNBUFFERED=1 fairseq interactive "$folder" "${device[@]}" --path "$folder/checkpoint_best.pt" \
-    --task translation --source-lang en --target-lang de --beam "$beam" --buffer-size "$buffer" --batch-size "$buffer" \
+sentences | PYTHONUNBUFFERED=1 quietly "$log" fairseq interactive "$folder" "${basics[@]}" \
+    --path "$folder/checkpoint_best.pt" --task translation --source-lang en --target-lang de \
+    --beam "$beam" --max-len-a 2 --max-len-b 20 --buffer-size "$buffer" --batch-size "$buffer" \
     --bpe sentencepiece --sentencepiece-model "$folder/spm.model" |
     awk -F'\t' '/^S-[0-9]+\t/ { source = $2 } /^D-[0-9]+\t/ { print source == "" ? "" : $3; fflush() }'
