@@ -162,7 +162,7 @@ def test_fairseq_cannot_choose_to_load_everything(state: dict[str, Any], new_for
 
 def test_a_bare_pickle_is_refused(tmp_path: Path) -> None:
     target, file = tmp_path / "target", tmp_path / "evil.pt"
-    file.write_bytes(pickle.dumps(Attack(target)))
+    file.write_bytes(pickle.dumps(Attack(target), protocol=2))
     refusal(lambda: checkpoint_utils.load_checkpoint_to_cpu(str(file)))
     assert not target.exists()
 

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,20 +16,24 @@ from test_ui_strings_collect import DE, RECIPE, catalogue, make_wheel, phrases  
 
 # Nothing in a path may be special to bash, to pip, or to fairseq.
 AWKWARD = 'it\'s a "folder" $HOME'
-SMALL = ["--vocab-size", "70", "--valid-size", "10", "--test-size", "10", "--epochs", "1"]
+SMALL = ["--vocab-size", "70", "--valid-size", "10", "--test-size", "10", "--epochs", "3"]
 
 
-def script(name: str, *arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a script of the recipe with the Python of the tests."""
+def environment(**variables: str) -> dict[str, str]:
+    """The environment of a script: no settings but these, the Python of the tests as it is, one thread."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("FWP_")}
-    own |= {"PYTHON": sys.executable, "FWP_VENV": "none", "FWP_THREADS": "1"}
+    return own | {"PYTHON": sys.executable, "FWP_VENV": "none", "FWP_THREADS": "1"} | variables
+
+
+def script(name: str, *arguments: str, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of the recipe to its end."""
     return subprocess.run(
         ["bash", str(RECIPE / name), *arguments],
         input=stdin,
         capture_output=True,
         text=True,
         timeout=300,
-        env=own | environment,
+        env=environment(**variables),
         check=False,
     )
 
@@ -41,9 +47,32 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(home: Path) -> subprocess.CompletedProcess[str]:
-    """What run.sh prints the first time."""
-    done = script("run.sh", "--output", str(home / "out"), "--wheels", str(home / "wheels"), *SMALL)
+def options(home: Path) -> list[str]:
+    """The options of run.sh for a small model of this archive."""
+    return ["--output", str(home / "out"), "--wheels", str(home / "wheels"), *SMALL]
+
+
+@pytest.fixture(scope="module")
+def killed(home: Path, options: list[str]) -> None:
+    """A first run of run.sh, killed with all its processes once its training has a checkpoint."""
+    command = ["bash", str(RECIPE / "run.sh"), *options]
+    with (home / "killed.log").open("w") as log:
+        run = subprocess.Popen(command, stdout=log, stderr=log, env=environment(), start_new_session=True)
+        try:
+            end = time.monotonic() + 120
+            while not list(home.glob("out/models/*/checkpoint_last.pt")) and time.monotonic() < end:
+                assert run.poll() is None, (home / "killed.log").read_text()
+                time.sleep(0.02)
+        finally:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+    assert list(home.glob("out/models/*/checkpoint_last.pt"))
+
+
+@pytest.fixture(scope="module")
+def first(options: list[str], killed: None) -> subprocess.CompletedProcess[str]:
+    """The first run of run.sh that comes to its end."""
+    done = script("run.sh", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -66,7 +95,7 @@ def test_run_ends_with_translations_and_bleu(first: subprocess.CompletedProcess[
     model = home / "out" / (home / "out" / "latest").read_text().strip()
     # All ten of them: fairseq is quick to leave out an incomplete batch.
     assert sum(line.startswith("D-") for line in (model / "test.out").read_text().splitlines()) == 10
-    assert any("train_inner" in line or "| train |" in line for line in lines), "training shows its progress"
+    assert any(line.startswith("train | epoch 003 |") for line in lines), "training shows its progress"
     result = json.loads((model / "result.json").read_text())
     assert f"BLEU = {result['bleu']:.1f}" == lines[-1]
     assert result["valid_nll"] > 0
@@ -76,22 +105,35 @@ def test_run_leaves_nothing_half_written(first: subprocess.CompletedProcess[str]
     assert not [path for path in (home / "out").rglob("*") if ".new" in path.name or path.name.startswith("settings.")]
 
 
-def test_a_second_run_does_nothing_again(first: subprocess.CompletedProcess[str], home: Path) -> None:
+def test_a_killed_training_goes_on_from_its_last_epoch(first: subprocess.CompletedProcess[str], home: Path) -> None:
+    assert first.stdout.count("done before") == 3
+    (log,) = home.glob("out/models/*/train.log")
+    resumed = log.read_text().split("fairseq_cli.train | task:")[-1]
+    assert re.search(r"Loaded checkpoint .* \(epoch [2-4] ", resumed)
+    assert "begin training epoch 1\n" not in resumed
+    assert "train | epoch 001" not in first.stdout
+
+
+def test_a_second_run_does_nothing_again(
+    first: subprocess.CompletedProcess[str], home: Path, options: list[str]
+) -> None:
     before = snapshot(home / "out")
-    again = script("run.sh", "--output", str(home / "out"), "--wheels", str(home / "wheels"), *SMALL)
+    again = script("run.sh", *options)
     assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
     assert again.stdout.count("done before") == 5
     assert snapshot(home / "out") == before
 
 
-def test_an_interrupted_step_is_done_again_and_only_that(first: subprocess.CompletedProcess[str], home: Path) -> None:
+def test_an_interrupted_step_is_done_again_and_only_that(
+    first: subprocess.CompletedProcess[str], home: Path, options: list[str]
+) -> None:
     out = home / "out"
     model = out / (out / "latest").read_text().strip()
     # As a kill in the middle of the translation leaves it.
     (model / ".scored").unlink()
     (model / "test.out.new").write_text("half a line")
     before = snapshot(out)
-    again = script("run.sh", "--output", str(out), "--wheels", str(home / "wheels"), *SMALL)
+    again = script("run.sh", *options)
     assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
     after = snapshot(out)
     changed = {Path(name).name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
@@ -191,21 +233,12 @@ def test_help_lists_every_option_and_does_no_work(name: str, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-def test_compare_writes_the_same_figures_as_table_and_csv(first: subprocess.CompletedProcess[str], home: Path) -> None:
+def test_compare_writes_the_same_figures_as_table_and_csv(
+    first: subprocess.CompletedProcess[str], home: Path, options: list[str]
+) -> None:
     # In the folder of run.sh, whose data it takes over.
     out = home / "out"
-    done = script(
-        "compare.sh",
-        "--output",
-        str(out),
-        "--wheels",
-        str(home / "wheels"),
-        *SMALL,
-        "--only",
-        "softmax",
-        "--seeds",
-        "7",
-    )
+    done = script("compare.sh", *options, "--epochs", "1", "--only", "softmax", "--seeds", "7")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("done before") == 3
     result = json.loads((out / "models" / "softmax-seed7" / "result.json").read_text())
@@ -213,8 +246,16 @@ def test_compare_writes_the_same_figures_as_table_and_csv(first: subprocess.Comp
     table = (out / "compare.md").read_text()
     assert done.stdout.endswith(table)
     assert f"| softmax | nowhere | {result['bleu']:.1f} |" in table
-    again = script("compare.sh", "--output", str(out), "--wheels", str(home / "wheels"), *SMALL, "--only", "hebb")
-    assert again.returncode == 1 and "hebb" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--only", "hebb"), ("--seeds", "1 x"), ("--seeds", " "), ("--jobs", "0")]
+)
+def test_compare_rejects_bad_values_before_any_work(tmp_path: Path, option: str, value: str) -> None:
+    done = script("compare.sh", "--output", str(tmp_path / "out"), option, value)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_language_model_ends_with_a_continuation_and_its_perplexity(home: Path) -> None:

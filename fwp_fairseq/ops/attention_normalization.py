@@ -136,10 +136,9 @@ def _join(state: Optional[Tensor], normalizer: Optional[Tensor]) -> Optional[Ten
 
 def _inverse(total: Tensor) -> Tensor:
     """1 / total where there is something to divide by, else 0, with finite gradients everywhere."""
-    present = total > smallest_divisor(total.dtype)
-    return torch.where(present, 1 / torch.where(present, total, 1.0), 0.0)
+    floor = smallest_divisor(total.dtype)
+    return (total > floor) / total.clamp(min=floor)
 
 
 def _ratio(weighted: Tensor, total: Tensor) -> Tensor:
-    present = total > smallest_divisor(total.dtype)
-    return torch.where(present, weighted / torch.where(present, total, 1.0), 0.0)
+    return weighted * _inverse(total)

@@ -21,9 +21,10 @@ _LARGEST_EXPONENT = 40.0
 def elu_plus_one(x: Tensor) -> Tensor:
     """ELU(x) + 1: x + 1 where x > 0, exp(x) elsewhere (eq. 30). Shape: (..., d_key) -> (..., d_key).
 
-    The exponential is taken directly rather than as expm1(x) + 1, which loses every digit for very negative x.
+    One of the two terms is constant on either side. The exponential is taken directly rather than as expm1(x) + 1,
+    which loses every digit for very negative x.
     """
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    return x.relu() + x.clamp(max=0).exp()
 
 
 def dpfp(x: Tensor, nu: int = 1) -> Tensor:
@@ -36,7 +37,10 @@ def dpfp(x: Tensor, nu: int = 1) -> Tensor:
     if not 1 <= nu <= 2 * d_key - 1:
         raise ValueError(f"dpfp: nu is {nu}, allowed is 1 to 2 * d_key - 1 = {2 * d_key - 1}")
     u = torch.cat([x, -x], dim=-1).relu()
-    return torch.cat([u * u.roll(shift, dims=-1) for shift in range(1, nu + 1)], dim=-1)
+    # All the rolled copies are slices of one: u with its end put before it.
+    around = torch.cat([u[..., -nu:], u], dim=-1)
+    blocks = [u * around[..., nu - shift : nu - shift + 2 * d_key] for shift in range(1, nu + 1)]
+    return blocks[0] if nu == 1 else torch.cat(blocks, dim=-1)
 
 
 def draw_favor_projection(

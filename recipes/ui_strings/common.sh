@@ -132,7 +132,7 @@ enter_output() {
     output=$(cd -- "$output" && pwd)
     # Here files are replaced and folders removed: not among files of somebody else.
     if [[ ! -e $output/.ui-strings ]]; then
-        [[ -z $(ls -A -- "$output") ]] || fail "--output $output holds files that are not of this recipe: name a new folder."
+        [[ -z $(ls -A -- "$output") ]] || fail "--output $output holds files of something else: name a new folder."
         touch -- "$output/.ui-strings"
     fi
     command -v -- "$python" >/dev/null || fail "--python $python is not to be found."
@@ -180,11 +180,11 @@ install() {
         fail "--python $python is $("$python" --version 2>&1), needed is Python 3.10 to 3.12."
     "$python" -m venv --clear -- "$venv"
     # From inside the clone: pip takes a path with an extra only if nothing in the path is special to it.
-    (cd -- "$repository" && "$venv/bin/python" -m pip install -c constraints.txt -r recipes/ui_strings/requirements.txt \
-        -e ".[fairseq]")
+    (cd -- "$repository" &&
+        "$venv/bin/python" -m pip install -c constraints.txt -r recipes/ui_strings/requirements.txt -e ".[fairseq]")
 }
 
-# Make sure that $python has everything installed, and that $user_dir is fairseq's --user-dir.
+# Make sure that $python has everything installed; set what fairseq's commands need.
 enter_environment() {
     if [[ $venv != none ]]; then
         local files=("$repository"/{setup.py,pyproject.toml,constraints.txt} "$recipe/requirements.txt")
@@ -193,13 +193,17 @@ enter_environment() {
         python=$venv/bin/python
     fi
     user_dir=$(cd -- "$repository" && "$python" -m fwp_fairseq)
+    # For every fairseq command that runs a model. With its default multiple of 8 fairseq would leave out what does not
+    # fill the last batch, of the test too. Whether there is a GPU it sees by itself.
+    basics=(--user-dir "$user_dir" --required-batch-size-multiple 1)
 }
 
 # fairseq TOOL ARGUMENT...: fairseq-TOOL, not through its script: a script's first line cannot name every path.
 fairseq() {
     local tool=$1
     shift
-    "$python" -m "fairseq_cli.$tool" "$@"
+    # The warnings are about fairseq's own use of torch; its messages to the user are not among them.
+    PYTHONWARNINGS=ignore "$python" -m "fairseq_cli.$tool" "$@"
 }
 
 # quietly LOG COMMAND...: run a command with its messages in a file, whose end is shown if it fails.
@@ -210,14 +214,6 @@ quietly() {
         tail -n 5 -- "$log" >&2
         fail "fairseq-${2//_/-} failed (all of its messages: $log)."
     fi
-}
-
-# Sets basics=(), what all fairseq commands that run a model are given: where the plugin is, and --cpu where there is no
-# CUDA device. A multiple other than 1 would make fairseq leave out what does not fill the last batch, of the test too.
-find_basics() {
-    [[ -z ${basics[*]-} ]] || return 0
-    basics=(--user-dir "$user_dir" --required-batch-size-multiple 1)
-    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || basics+=(--cpu)
 }
 
 # --- Fast weights ----------------------------------------------------------------------------------------------------
@@ -244,8 +240,10 @@ fast_weight_flags() {
 
 # check_attention WIDTH HEADS: let the package say, before any work is done, whether it can build such an attention.
 check_attention() {
-    (cd -- "$repository" && "$python" - "$(basename "$0")" "$@" "$rule" "$feature_map" "$key_normalization" "$dpfp_nu" \
-        "$favor_features" "$attention_normalization") <<'END' || exit 1
+    local options=("$@" "$rule" "$feature_map" "$key_normalization" "$dpfp_nu" "$favor_features")
+    options+=("$attention_normalization")
+    [[ ! -f steps/attention || $(<steps/attention) != "${options[*]}" ]] || return 0
+    (cd -- "$repository" && "$python" - "$(basename "$0")" "${options[@]}") <<'END' || exit 1
 import logging, sys
 logging.disable(logging.INFO)  # of fairseq; warnings about the options are to be seen
 from fwp_fairseq.modules import FastWeightConfig
@@ -259,6 +257,8 @@ try:
 except ValueError as error:
     sys.exit(f"{script}: {error}.".replace("--update-rule", "--rule"))
 END
+    mkdir -p steps
+    printf '%s\n' "${options[*]}" >steps/attention
 }
 
 # --- Models ----------------------------------------------------------------------------------------------------------
@@ -291,11 +291,18 @@ train() {
     local folder=$1
     shift
     mkdir -p -- "$folder"
-    # Killed while it copied its checkpoint, fairseq would find half a file and stop.
-    if [[ -e $folder/checkpoint_last.pt ]] && ! "$python" -m zipfile --test "$folder/checkpoint_last.pt" &>/dev/null; then
-        rm -- "$folder/checkpoint_last.pt"
+    # fairseq writes a checkpoint whole or not at all, but copies the best one to be the last one, too: killed at that
+    # it would find half a file, and stop.
+    local last=$folder/checkpoint_last.pt best=$folder/checkpoint_best.pt
+    if [[ -e $best ]] && ! "$python" -m zipfile --test "$last" &>/dev/null; then
+        cp -- "$best" "$last.new"
+        mv -- "$last.new" "$last"
     fi
+    # Progress and warnings for the user; all of it in the log.
     fairseq train "$@" "${basics[@]}" --save-dir "$folder" --no-epoch-checkpoints --seed "$seed" --max-epoch "$epochs" \
-        --num-workers 0 --log-format simple --log-interval 50 2>&1 | tee -a -- "$folder/train.log"
-    [[ -e $folder/checkpoint_best.pt ]] || fail "training ended without a checkpoint; see $output/$folder/train.log."
+        --num-workers 0 --log-format simple --log-interval 50 2>&1 | tee -a -- "$folder/train.log" |
+        awk '/\| (train|valid|train_inner) \|/ { sub(/^.*INFO \| /, ""); print } /WARNING/ { print } { fflush() }' || {
+        tail -n 5 -- "$folder/train.log" >&2
+        fail "fairseq-train failed (all of its messages: $output/$folder/train.log)."
+    }
 }

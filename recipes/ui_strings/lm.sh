@@ -34,10 +34,10 @@ common_options
 option vocab-size count 2000 "pieces of the sentencepiece vocabulary"
 fast_weight_options "$default_rule" "$default_feature_map" "$default_dpfp_nu" "$default_attention_normalization"
 option softmax flag 0 "softmax attention: the baseline"
-option epochs count 30 "passes over the text"
+option epochs count 20 "passes over the text"
 option seed number 1 "seed of initialisation, order of batches, dropout, and the continuation"
 option model text "" "name of the trained model, a folder in OUTPUT/models (default: made from the settings)"
-option prompt text "The class statement" "text to continue"
+option prompt text "The class statement is" "text to continue"
 option length count 60 "pieces that the continuation has at most"
 parse_options "$@"
 ((!${#words[@]})) || fail "unexpected argument '${words[0]}' (--help lists the options)."
@@ -69,8 +69,8 @@ make_text() {
 
 make_binary() {
     rm -rf lm/data-bin lm/data-bin.new
-    quietly lm/preprocess.log fairseq preprocess --only-source --workers 1 --trainpref lm/text/train.pieces --validpref lm/text/valid.pieces \
-        --testpref lm/text/test.pieces --destdir lm/data-bin.new >/dev/null
+    quietly lm/preprocess.log fairseq preprocess --only-source --workers 1 --trainpref lm/text/train.pieces \
+        --validpref lm/text/valid.pieces --testpref lm/text/test.pieces --destdir lm/data-bin.new >/dev/null
     mv lm/data-bin.new lm/data-bin
 }
 
@@ -82,13 +82,11 @@ step steps/lm-data-bin lm/data-bin/dict.txt "$data" "fairseq-preprocess" make_bi
 # --- Training and perplexity -----------------------------------------------------------------------------------------
 
 train_model() {
-    find_basics
     cp lm/spm.model lm/data-bin/dict.txt "$folder/"
     train "$folder" lm/data-bin "${training[@]}" "${flags[@]}"
 }
 
 evaluate() {
-    find_basics
     quietly "$folder/eval-lm.log" fairseq eval_lm lm/data-bin "${basics[@]}" --path "$folder/checkpoint_best.pt" \
         --gen-subset test --tokens-per-sample "$block" --max-tokens 2048 --log-format none >"$folder/eval-lm.out.new"
     cat -- "$folder/eval-lm.log" >>"$folder/eval-lm.out.new"
@@ -102,13 +100,13 @@ step "$folder/.evaluated" "$folder/eval-lm.out" "$settings" "fairseq-eval-lm on 
 # --- Continuation ----------------------------------------------------------------------------------------------------
 
 say "model: $output/$folder"
-find_basics
 continuation=$(
     printf '%s\n' "${prompt//[$'\n\r']/ }" |
         quietly "$folder/continue.log" fairseq interactive "$folder" "${basics[@]}" \
             --path "$folder/checkpoint_best.pt" --task language_modeling \
             --bpe sentencepiece --sentencepiece-model "$folder/spm.model" --beam 1 --nbest 1 --sampling \
-            --sampling-topk 10 --temperature 0.8 --seed "$seed" --max-len-a 1 --max-len-b "$length" |
+            --sampling-topk 10 --temperature 0.8 --seed "$seed" \
+            --min-len "$((length / 2))" --max-len-a 1 --max-len-b "$length" |
         awk -F'\t' '/^D-[0-9]+\t/ { print $3 }'
 )
 printf '\n%s\n\n' "$continuation"

@@ -67,7 +67,7 @@ enter_environment
 flags=()
 name=softmax
 if [[ "$encoder_self_attention $decoder_self_attention $cross_attention" == *fast-weight* ]]; then
-    check_attention "$width" "$heads"
+    ((data_only)) || check_attention "$width" "$heads"
     fast_weight_flags
     flags=("${attention[@]}")
     name=$rule-$feature_map
@@ -84,12 +84,12 @@ collect() {
 }
 
 make_text() {
-    local part language
+    local part language subwords=$recipe/subwords.py
     mkdir -p text
-    "$python" "$recipe/subwords.py" learn --model text/spm --size "$vocab_size" corpus/train.en corpus/train.de
+    "$python" "$subwords" learn --model text/spm --size "$vocab_size" corpus/train.en corpus/train.de
     for part in train valid test; do
         for language in en de; do
-            "$python" "$recipe/subwords.py" encode --model text/spm.model "corpus/$part.$language" "text/$part.$language"
+            "$python" "$subwords" encode --model text/spm.model "corpus/$part.$language" "text/$part.$language"
         done
     done
 }
@@ -116,14 +116,12 @@ step steps/data-bin data-bin/dict.en.txt "$corpus pieces $vocab_size" "fairseq-p
 # --- Training and score ----------------------------------------------------------------------------------------------
 
 train_model() {
-    find_basics
     # A model folder holds all that translate.sh needs, whatever becomes of the data.
     cp text/spm.model data-bin/dict.en.txt data-bin/dict.de.txt "$folder/"
     train "$folder" data-bin "${training[@]}" "${flags[@]}"
 }
 
 translate_test() {
-    find_basics
     quietly "$folder/test.log" fairseq generate data-bin "${basics[@]}" --path "$folder/checkpoint_best.pt" \
         --gen-subset test --batch-size 100 "${search[@]}" --remove-bpe sentencepiece --scoring sacrebleu \
         --log-format none >"$folder/test.out.new"
@@ -134,8 +132,10 @@ translate_test() {
 enter_model "$name" "corpus $corpus, $vocab_size pieces" "epochs $epochs, seed $seed" "${training[*]}" "${flags[*]}"
 step "$folder/.trained" "$folder/checkpoint_best.pt" "$settings" "training $folder" train_model
 step "$folder/.scored" "$folder/result.json" "$settings ${search[*]}" "translating the test strings" translate_test
-printf '%s\n' "$folder" >"latest.$$"
-mv -- "latest.$$" latest
+if [[ -z $model ]]; then
+    printf '%s\n' "$folder" >"latest.$$"
+    mv -- "latest.$$" latest
+fi
 
 say "model: $output/$folder"
 "$python" "$recipe/report.py" samples "$folder"

@@ -13,11 +13,11 @@ END
 }
 
 common_options
-option model text "" "name of the trained model, a folder in OUTPUT/models (default: the latest of run.sh)"
+option model text "" "name of the trained model, a folder in OUTPUT/models (default: the latest without a name)"
 option beam count 5 "width of the beam search"
 parse_options "$@"
 words+=(${extra[@]+"${extra[@]}"})
-[[ -d $output ]] || fail "there is no trained model in $output: train one with run.sh, or name its folder with --output."
+[[ -d $output ]] || fail "there is no trained model in $output: train one with run.sh first."
 enter_output
 if [[ -z $model && -f latest ]]; then
     folder=$(<latest)
@@ -29,7 +29,6 @@ for file in checkpoint_best.pt spm.model dict.en.txt dict.de.txt; do
         fail "there is no trained model in $output${model:+/models/$model}: train one with run.sh first."
 done
 enter_environment >&2
-find_basics
 
 # One sentence a line, whatever white space an argument has in it.
 sentences() {
