@@ -189,6 +189,16 @@ def test_a_decay_of_zero_forgets_everything_with_finite_gradients(backend, erase
 
 
 @backends
+@rules
+def test_no_tokens_leave_the_state_as_it_is(backend, uses):
+    inputs = make_inputs((2, 1, 0, 4, 3), uses, torch.float32)
+    initial = inputs.pop("initial_state").requires_grad_()
+    out, state = fast_weight_scan(**inputs, initial_state=initial, backend=backend)
+    assert out.shape == (2, 1, 0, 3) and torch.equal(state, initial)
+    assert torch.equal(torch.autograd.grad(state.sum(), initial)[0], torch.ones_like(initial))
+
+
+@backends
 def test_gradients_flow_only_where_they_are_wanted(backend):
     inputs = make_inputs((1, 1, 70, 4, 3), (True, True, False), torch.float64)
     state = inputs.pop("initial_state")

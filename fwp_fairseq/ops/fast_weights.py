@@ -123,6 +123,8 @@ def _run(
             f"initial_state has shape {tuple(initial_state.shape)}, it must be {state_shape}: (B, H, Dk, Dv)"
         )
     name = choose_backend(backend, max_norm)
+    if k.size(2) == 0:
+        return None if q is None else v.new_empty(v.shape), initial_state.clone()
     options: dict[str, Any] = {}
     if name == "loop" and max_norm is not None:
         options["max_norm"] = max_norm

@@ -61,4 +61,4 @@ def scan(
             outputs.append(read_token(memory, q[:, :, t]))
     if q is None:
         return None, memory
-    return (torch.stack(outputs, dim=2) if outputs else v.new_empty(v.shape)), memory
+    return torch.stack(outputs, dim=2), memory

@@ -5,7 +5,8 @@ set -euo pipefail
 
 recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repository=$(cd "$recipe/../.." && pwd)
-export PYTHONUTF8=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+# Numbers and patterns mean the same everywhere; Python reads and writes UTF-8 all the same.
+export LC_ALL=C PYTHONUTF8=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 say() { printf '== %s\n' "$*"; }
 

@@ -6,6 +6,7 @@
 # What is compared: attention | where | name of the model | options of run.sh.
 everywhere="--encoder-self-attention fast-weight --decoder-self-attention fast-weight --cross-attention fast-weight"
 decoder="--encoder-self-attention softmax --decoder-self-attention fast-weight --cross-attention softmax"
+delta_dpfp_l2="--rule delta --feature-map dpfp --dpfp-nu 1 --key-normalization l2"
 sum_elu="--rule sum --feature-map elu --attention-normalization"
 sum_dpfp="--rule sum --feature-map dpfp --dpfp-nu 1"
 delta_dpfp="--rule delta --feature-map dpfp --dpfp-nu 1"
@@ -16,6 +17,7 @@ configurations=(
     "sum, dpfp-1 | all three places | sum-dpfp-all | $sum_dpfp $everywhere"
     "delta, dpfp-1 | all three places | delta-dpfp-all | $delta_dpfp $everywhere"
     "delta, elu | all three places | delta-elu-all | $delta_elu $everywhere"
+    "delta, dpfp-1, keys of length 1 | all three places | delta-dpfp-l2-all | $delta_dpfp_l2 $everywhere"
     "sum, elu, attention normalisation | decoder self-attention | sum-elu-decoder | $sum_elu $decoder"
     "sum, dpfp-1 | decoder self-attention | sum-dpfp-decoder | $sum_dpfp $decoder"
     "delta, dpfp-1 | decoder self-attention | delta-dpfp-decoder | $delta_dpfp $decoder"
@@ -51,7 +53,7 @@ option wheels text "" "take the strings from the wheels in this folder, download
 option vocab-size count 4000 "pieces of the sentencepiece vocabulary that both languages share"
 option valid-size count 500 "pairs for validation"
 option test-size count 500 "pairs for the score"
-option epochs count 20 "passes over the training pairs"
+option epochs count 14 "passes over the training pairs"
 option seeds text "1 2 3" "seeds to train each with, between spaces"
 option only text "" "names of what to compare, between spaces (default: all)"
 option jobs count 1 "how many to train at a time; they share the processor's cores"
@@ -117,26 +119,29 @@ wait_below() {
     done
 }
 
-mkdir -p compare
-rm -f compare/failed
-# Seed by seed: the first figures of all come before the second of any.
-for seed in "${seed_list[@]}"; do
+# In braces, so that bash has read all of it before it starts: this takes hours, and the file may change meanwhile.
+{
+    mkdir -p compare
+    rm -f compare/failed
+    # Seed by seed: the first figures of all come before the second of any.
+    for seed in "${seed_list[@]}"; do
+        for row in "${chosen[@]}"; do
+            read_row "$row"
+            wait_below "$jobs"
+            train_and_score "$name-seed$seed" "$seed" "${flags[@]}" ${extra[@]+-- "${extra[@]}"} &
+            running+=("$!")
+        done
+    done
+    wait_below 1
+
+    # The table.
+    table=()
     for row in "${chosen[@]}"; do
         read_row "$row"
-        wait_below "$jobs"
-        train_and_score "$name-seed$seed" "$seed" "${flags[@]}" ${extra[@]+-- "${extra[@]}"} &
-        running+=("$!")
+        table+=(--row "$attention" "$places" "$name")
     done
-done
-wait_below 1
-
-# --- Table -----------------------------------------------------------------------------------------------------------
-
-table=()
-for row in "${chosen[@]}"; do
-    read_row "$row"
-    table+=(--row "$attention" "$places" "$name")
-done
-[[ $venv == none ]] || python=$venv/bin/python
-"$python" "$recipe/report.py" table --output . --seeds "${seed_list[@]}" "${table[@]}"
-[[ ! -e compare/failed ]] || fail "some runs failed; they are tried again by the same command."
+    [[ $venv == none ]] || python=$venv/bin/python
+    "$python" "$recipe/report.py" table --output . --seeds "${seed_list[@]}" "${table[@]}"
+    [[ ! -e compare/failed ]] || fail "some runs failed; they are tried again by the same command."
+    exit
+}
