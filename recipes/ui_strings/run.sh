@@ -8,9 +8,9 @@ default_rule="delta"
 default_feature_map=dpfp
 default_dpfp_nu=1
 default_attention_normalization=0
-default_encoder_self_attention=fast-weight
+default_encoder_self_attention=softmax
 default_decoder_self_attention=fast-weight
-default_cross_attention=fast-weight
+default_cross_attention=softmax
 
 # The model and its training, the same for every attention.
 width=128
@@ -21,7 +21,7 @@ training=(
     --decoder-layers 2 --decoder-embed-dim "$width" --decoder-ffn-embed-dim 512 --decoder-attention-heads "$heads"
     --share-all-embeddings --dropout 0.3
     --optimizer adam --adam-betas '(0.9, 0.98)' --lr-scheduler fixed --warmup-updates 400
-    --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 2048
+    --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 1024
 )
 peak_learning_rate=3e-3
 search=(--beam 5 --max-len-a 2 --max-len-b 20)
@@ -60,7 +60,7 @@ option encoder-self-attention "$places" "$default_encoder_self_attention" "atten
 option decoder-self-attention "$places" "$default_decoder_self_attention" "causal attention within the decoder"
 option cross-attention "$places" "$default_cross_attention" "attention of the decoder to the encoder"
 option softmax flag 0 "softmax in all three places: the baseline"
-option epochs count 14 "passes over the training pairs"
+option epochs count 15 "passes over the training pairs"
 option seed number 1 "seed of initialisation, order of batches and dropout"
 option model text "" "name of the trained model, a folder in OUTPUT/models (default: made from the settings)"
 option data-only flag 0 "stop before the training"
