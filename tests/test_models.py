@@ -120,6 +120,7 @@ OPTIONS = {
     "gated delta": ["--update-rule", "gated-delta"],
     "gated": ["--update-rule", "gated"],
     "fwm": ["--update-rule", "fwm", "--feature-map", "tanh", "--key-normalization", "none"],
+    "rule of whole memories": ["--whole-memory-update-rule", "sum", "--whole-memory-attention-normalization"],
 }
 
 
@@ -301,6 +302,15 @@ def test_beam_search_on_reordered_states_equals_beam_search_without_states(flags
 def test_wrong_combinations_are_refused_by_flag_value_and_what_is_allowed(flags, message):
     with pytest.raises(ValueError, match=message):
         build_translation(*flags)
+
+
+def test_whole_memory_attention_can_have_a_rule_and_a_map_of_its_own():
+    flags = "--whole-memory-update-rule sum --whole-memory-feature-map elu --whole-memory-attention-normalization"
+    model = build_translation(*ALL, *flags.split())
+    causal = model.decoder.layers[0].self_attn
+    assert (causal.rule.name, causal.features.feature_map, causal.attention_normalization) == ("delta", "dpfp", False)
+    for whole in (model.encoder.layers[0].self_attn, model.decoder.layers[0].encoder_attn):
+        assert (whole.rule.name, whole.features.feature_map, whole.attention_normalization) == ("sum", "elu", True)
 
 
 def test_wrong_encoder_heads_are_refused_under_the_encoder_s_flag():

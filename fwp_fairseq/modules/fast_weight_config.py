@@ -1,8 +1,8 @@
 """The options of fast-weight attention, and which of their combinations make sense."""
 
 import logging
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
@@ -37,6 +37,15 @@ class FastWeightConfig(FairseqDataclass):
     attention_normalization: bool = field(
         default=False, metadata={"help": "divide what is read by the accumulated keys (eq. 26-28)"}
     )
+    whole_memory_update_rule: Optional[ChoiceEnum(list(UPDATE_RULES))] = field(  # type: ignore[valid-type]
+        default=None, metadata={"help": "--update-rule of the encoder and of cross-attention, if it is another one"}
+    )
+    whole_memory_feature_map: Optional[ChoiceEnum(list(FEATURE_MAPS))] = field(  # type: ignore[valid-type]
+        default=None, metadata={"help": "--feature-map of the encoder and of cross-attention, if it is another one"}
+    )
+    whole_memory_attention_normalization: bool = field(
+        default=False, metadata={"help": "--attention-normalization in the encoder and in cross-attention only"}
+    )
     read_layer_norm: bool = field(
         default=False, metadata={"help": "layer-normalise what each head reads; always on with the fwm rule"}
     )
@@ -56,13 +65,27 @@ class FastWeightConfig(FairseqDataclass):
         values = {f.name: getattr(args, f.name) for f in fields(cls) if f.name != "_name" and hasattr(args, f.name)}
         # Choices arrive as strings or as members of an enumeration.
         plain: dict[str, Any] = {
-            name: value if isinstance(value, (bool, int)) else str(value) for name, value in values.items()
+            name: value if value is None or isinstance(value, (bool, int)) else str(value)
+            for name, value in values.items()
         }
         return cls(**plain)
 
     @property
     def rule(self) -> UpdateRule:
         return UPDATE_RULES[str(self.update_rule)]
+
+    def for_whole_memory(self) -> "FastWeightConfig":
+        """The options of attention that reads the finished memory: encoder self-attention and cross-attention.
+
+        There nothing depends on when a query comes, and a rule that lets later tokens erase earlier ones need not be
+        the best.
+        """
+        return replace(
+            self,
+            update_rule=self.whole_memory_update_rule or self.update_rule,
+            feature_map=self.whole_memory_feature_map or self.feature_map,
+            attention_normalization=self.attention_normalization or self.whole_memory_attention_normalization,
+        )
 
     def check(self, embed_dim: int, num_heads: int, place: str) -> None:
         """Raise ValueError naming flag, value and what is allowed, if no attention of this size can be built.

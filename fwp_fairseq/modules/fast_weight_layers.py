@@ -58,7 +58,7 @@ def wrap_layer(layer: nn.Module, cfg: Any) -> nn.Module:
     return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
 
 
-def _build_attention(cfg: Any, side: Any, embed_dim: int, **kwargs: Any) -> FastWeightAttention:
+def _build_attention(cfg: Any, side: Any, embed_dim: int, causal: bool = False, **kwargs: Any) -> FastWeightAttention:
     if side.xformers_att_config is not None:
         raise ValueError(
             f"xformers_att_config is {side.xformers_att_config!r}, but fast-weight attention has no xFormers form: "
@@ -67,7 +67,8 @@ def _build_attention(cfg: Any, side: Any, embed_dim: int, **kwargs: Any) -> Fast
     return FastWeightAttention(
         embed_dim,
         side.attention_heads,
-        cfg.fast_weights,
+        cfg.fast_weights if causal else cfg.fast_weights.for_whole_memory(),
+        causal=causal,
         dropout=cfg.attention_dropout,
         q_noise=cfg.quant_noise.pq,
         qn_block_size=cfg.quant_noise.pq_block_size,

@@ -6,6 +6,7 @@
 # What is compared: attention | where | name of the model | options of run.sh.
 everywhere="--encoder-self-attention fast-weight --decoder-self-attention fast-weight --cross-attention fast-weight"
 decoder="--encoder-self-attention softmax --decoder-self-attention fast-weight --cross-attention softmax"
+sum_memories="-- --whole-memory-update-rule sum --whole-memory-feature-map elu --whole-memory-attention-normalization"
 sum_elu="--rule sum --feature-map elu --attention-normalization"
 sum_dpfp="--rule sum --feature-map dpfp --dpfp-nu 1"
 delta_dpfp="--rule delta --feature-map dpfp --dpfp-nu 1"
@@ -16,6 +17,7 @@ configurations=(
     "sum, elu, attention normalisation | all three places | sum-elu-all | $sum_elu $everywhere"
     "sum, dpfp-1 | all three places | sum-dpfp-all | $sum_dpfp $everywhere"
     "delta, dpfp-1 | all three places | delta-dpfp-all | $delta_dpfp $everywhere"
+    "delta, dpfp-1; elsewhere sum, elu, attention normalisation | all three places | mixed-all | $delta_dpfp $everywhere $sum_memories"
     "delta, elu | all three places | delta-elu-all | $delta_elu $everywhere"
     "sum, elu, attention normalisation | decoder self-attention | sum-elu-decoder | $sum_elu $decoder"
     "sum, dpfp-1 | decoder self-attention | sum-dpfp-decoder | $sum_dpfp $decoder"

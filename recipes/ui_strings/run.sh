@@ -24,7 +24,7 @@ training=(
     --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 1024
 )
 peak_learning_rate=3e-3
-search=(--beam 5 --max-len-a 2 --max-len-b 20)
+search+=(--beam 5)
 
 # One learning rate for each epoch: the peak in the first 30 %, then down to near zero along a line. In so short a
 # training that is worth more than a slow decay that never arrives.
@@ -60,7 +60,7 @@ option encoder-self-attention "$places" "$default_encoder_self_attention" "atten
 option decoder-self-attention "$places" "$default_decoder_self_attention" "causal attention within the decoder"
 option cross-attention "$places" "$default_cross_attention" "attention of the decoder to the encoder"
 option softmax flag 0 "softmax in all three places: the baseline"
-option epochs count 15 "passes over the training pairs"
+option epochs count 20 "passes over the training pairs"
 option seed number 1 "seed of initialisation, order of batches and dropout"
 option model text "" "name of the trained model, a folder in OUTPUT/models (default: made from the settings)"
 option data-only flag 0 "stop before the training"

@@ -50,6 +50,6 @@ trap 'rm -f -- "$log"' EXIT
 # Of what fairseq-interactive prints, the source (S) and the translation (D) of each line; nothing in, nothing out.
 sentences | PYTHONUNBUFFERED=1 quietly "$log" fairseq interactive "$folder" "${basics[@]}" \
     --path "$folder/checkpoint_best.pt" --task translation --source-lang en --target-lang de \
-    --beam "$beam" --max-len-a 2 --max-len-b 20 --buffer-size "$buffer" --batch-size "$buffer" \
+    --beam "$beam" "${search[@]}" --buffer-size "$buffer" --batch-size "$buffer" \
     --bpe sentencepiece --sentencepiece-model "$folder/spm.model" |
     awk -F'\t' '/^S-[0-9]+\t/ { source = $2 } /^D-[0-9]+\t/ { print source == "" ? "" : $3; fflush() }'
