@@ -313,6 +313,13 @@ def test_whole_memory_attention_can_have_a_rule_and_a_map_of_its_own():
         assert (whole.rule.name, whole.features.feature_map, whole.attention_normalization) == ("sum", "elu", True)
 
 
+def test_wrong_options_of_whole_memories_are_refused_by_their_name():
+    with pytest.raises(
+        ValueError, match="with the --whole-memory-.*--key-normalization is sum, but --feature-map tanh"
+    ):
+        build_translation(*ALL, "--whole-memory-feature-map", "tanh")
+
+
 def test_wrong_encoder_heads_are_refused_under_the_encoder_s_flag():
     with pytest.raises(ValueError, match="--encoder-attention-heads is 3, it must divide --encoder-embed-dim"):
         build_translation("--encoder-attention-heads", "3", *ALL)

@@ -253,6 +253,17 @@ def test_wrong_arguments_are_named(change, message):
         fast_weight_scan(**{**good, "write": None, **change})
 
 
+def test_a_step_refuses_a_query_of_another_shape():
+    k, v = torch.rand(1, 2, 3), torch.rand(1, 2, 4)
+    with pytest.raises(ValueError, match="q has shape .* and k .* equal"):
+        fast_weight_step(torch.rand(1, 2, 4), k, v, None, None, None, torch.zeros(1, 2, 3, 4))
+
+
+def test_the_state_has_its_type_even_after_no_tokens():
+    k, v = torch.rand(1, 1, 0, 3, dtype=torch.float64), torch.rand(1, 1, 0, 2, dtype=torch.float64)
+    assert fast_weight_memory(k, v, initial_state=torch.rand(1, 1, 3, 2)).dtype == torch.float64
+
+
 def test_a_step_refuses_a_state_of_another_shape_or_type():
     q, v = torch.rand(1, 2, 3), torch.rand(1, 2, 4)
     for state in (torch.zeros(1, 2, 4, 3), torch.zeros(1, 2, 3, 4, dtype=torch.float64)):

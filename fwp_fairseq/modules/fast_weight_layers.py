@@ -64,13 +64,19 @@ def _build_attention(cfg: Any, side: Any, embed_dim: int, causal: bool = False, 
             f"xformers_att_config is {side.xformers_att_config!r}, but fast-weight attention has no xFormers form: "
             "leave it out, or choose softmax for this place"
         )
-    return FastWeightAttention(
-        embed_dim,
-        side.attention_heads,
-        cfg.fast_weights if causal else cfg.fast_weights.for_whole_memory(),
-        causal=causal,
-        dropout=cfg.attention_dropout,
-        q_noise=cfg.quant_noise.pq,
-        qn_block_size=cfg.quant_noise.pq_block_size,
-        **kwargs,
-    )
+    config = cfg.fast_weights if causal else cfg.fast_weights.for_whole_memory()
+    try:
+        return FastWeightAttention(
+            embed_dim,
+            side.attention_heads,
+            config,
+            causal=causal,
+            dropout=cfg.attention_dropout,
+            q_noise=cfg.quant_noise.pq,
+            qn_block_size=cfg.quant_noise.pq_block_size,
+            **kwargs,
+        )
+    except ValueError as error:
+        if config == cfg.fast_weights:
+            raise
+        raise ValueError(f"with the --whole-memory-* options in place of those they replace: {error}") from None

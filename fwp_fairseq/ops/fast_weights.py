@@ -4,7 +4,7 @@ They check shapes, promote to the state's type, and pick a backend; the mathemat
 definition) and ``chunkwise`` (parallel over time). ``update_rules`` says which scalars make which rule.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
@@ -48,8 +48,6 @@ def fast_weight_scan(
     Returns out (B, H, L, Dv) in v's type and the final state (B, H, Dk, Dv) in float32 (float64 for float64 inputs).
     Raises ValueError on shapes that do not fit, and on options that the backend does not have.
     """
-    if q.shape != k.shape:
-        raise ValueError(f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}: they must be equal, (B, H, L, Dk)")
     out, state = _run(q, k, v, write, erase, decay, initial_state, backend, max_norm, chunk_size)
     assert out is not None  # there were queries
     return out.to(v.dtype), state
@@ -92,12 +90,13 @@ def fast_weight_step(
     q, k: (B, H, Dk), v: (B, H, Dv), write, erase, decay: (B, H) or None, state: (B, H, Dk, Dv), float32 (float64 for
     float64 inputs). Inference only: no gradient is recorded. Returns (B, H, Dv) in v's type.
     """
-    dtype = _check(k[:, :, None], v[:, :, None], [None if g is None else g[..., None] for g in (write, erase, decay)])
+    gates = (write, erase, decay)
+    dtype = _check(q[:, :, None], k[:, :, None], v[:, :, None], [None if g is None else g[..., None] for g in gates])
     if state.shape != (*k.shape, v.size(-1)) or state.dtype != dtype:
         raise ValueError(
             f"state is {tuple(state.shape)} {state.dtype}, it must be {(*k.shape, v.size(-1))} {dtype}: (B, H, Dk, Dv)"
         )
-    write, erase, decay = (None if gate is None else gate.to(dtype) for gate in (write, erase, decay))
+    write, erase, decay = (None if gate is None else gate.to(dtype) for gate in gates)
     state.copy_(token_loop.write_token(state, k.to(dtype), v.to(dtype), write, erase, decay, max_norm))
     return token_loop.read_token(state, q.to(dtype)).to(v.dtype)
 
@@ -114,7 +113,7 @@ def _run(
     max_norm: Optional[float],
     chunk_size: Optional[int],
 ) -> tuple[Optional[Tensor], Tensor]:
-    dtype = _check(k, v, [write, erase, decay])
+    dtype = _check(q, k, v, (write, erase, decay))
     state_shape = (k.size(0), k.size(1), k.size(3), v.size(3))
     if initial_state is None:
         initial_state = k.new_zeros(state_shape, dtype=dtype)
@@ -124,7 +123,7 @@ def _run(
         )
     name = choose_backend(backend, max_norm)
     if k.size(2) == 0:
-        return None if q is None else v.new_empty(v.shape), initial_state.clone()
+        return None if q is None else v.new_empty(v.shape), initial_state.to(dtype, copy=True)
     options: dict[str, Any] = {}
     if name == "loop" and max_norm is not None:
         options["max_norm"] = max_norm
@@ -145,8 +144,10 @@ def choose_backend(backend: str, max_norm: Optional[float] = None) -> str:
     return backend
 
 
-def _check(k: Tensor, v: Tensor, gates: list[Optional[Tensor]]) -> torch.dtype:
+def _check(q: Optional[Tensor], k: Tensor, v: Tensor, gates: Sequence[Optional[Tensor]]) -> torch.dtype:
     """Raise ValueError unless shapes and types fit; return the type of the state."""
+    if q is not None and q.shape != k.shape:
+        raise ValueError(f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}: they must be equal, (B, H, L, Dk)")
     if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
         raise ValueError(
             f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}: they must be (B, H, L, Dk) and (B, H, L, Dv)"

@@ -5,7 +5,7 @@ set -euo pipefail
 
 recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repository=$(cd "$recipe/../.." && pwd)
-# glibc gives every large tensor back to the system and takes it again: a sixth of the time of a training step.
+# Otherwise glibc gives every large tensor back to the system and takes it again, page by page.
 export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 # Numbers and patterns mean the same everywhere; Python reads and writes UTF-8 all the same.
 export LC_ALL=C PYTHONUTF8=1 PIP_DISABLE_PIP_VERSION_CHECK=1

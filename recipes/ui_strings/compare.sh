@@ -128,7 +128,12 @@ wait_below() {
         for row in "${chosen[@]}"; do
             read_row "$row"
             wait_below "$jobs"
-            train_and_score "$name-seed$seed" "$seed" "${flags[@]}" ${extra[@]+-- "${extra[@]}"} &
+            if ((${#extra[@]})); then
+            # A row may have options for fairseq-train of its own.
+            [[ " ${flags[*]} " == *" -- "* ]] || flags+=(--)
+            flags+=("${extra[@]}")
+        fi
+        train_and_score "$name-seed$seed" "$seed" "${flags[@]}" &
             running+=("$!")
         done
     done

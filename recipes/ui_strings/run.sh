@@ -26,8 +26,8 @@ training=(
 peak_learning_rate=3e-3
 search+=(--beam 5)
 
-# One learning rate for each epoch: the peak in the first 30 %, then down to near zero along a line. In so short a
-# training that is worth more than a slow decay that never arrives.
+# One learning rate for each epoch: the peak in the first 30 %, then down to near zero along a line, so that a training
+# of any length arrives there.
 learning_rates() {
     awk -v epochs="$epochs" -v peak="$peak_learning_rate" 'BEGIN {
         for (epoch = 1; epoch <= epochs; epoch++) {
