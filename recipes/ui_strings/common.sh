@@ -148,9 +148,8 @@ enter_output() {
     fi
 }
 
-# How sentences are searched for, but for the beam. Without a length penalty above 1 so small a model stops too early;
-# it was chosen on the validation strings.
-search=(--lenpen 1.25 --max-len-a 2 --max-len-b 20)
+# How sentences are searched for, but for the beam.
+search=(--max-len-a 2 --max-len-b 20)
 
 # --- Steps -----------------------------------------------------------------------------------------------------------
 

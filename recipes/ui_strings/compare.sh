@@ -53,7 +53,7 @@ option wheels text "" "take the strings from the wheels in this folder, download
 option vocab-size count 4000 "pieces of the sentencepiece vocabulary that both languages share"
 option valid-size count 500 "pairs for validation"
 option test-size count 500 "pairs for the score"
-option epochs count 15 "passes over the training pairs"
+option epochs count 20 "passes over the training pairs"
 option seeds text "1 2 3" "seeds to train each with, between spaces"
 option only text "" "names of what to compare, between spaces (default: all)"
 option jobs count 1 "how many to train at a time; they share the processor's cores"
@@ -129,11 +129,11 @@ wait_below() {
             read_row "$row"
             wait_below "$jobs"
             if ((${#extra[@]})); then
-            # A row may have options for fairseq-train of its own.
-            [[ " ${flags[*]} " == *" -- "* ]] || flags+=(--)
-            flags+=("${extra[@]}")
-        fi
-        train_and_score "$name-seed$seed" "$seed" "${flags[@]}" &
+                # A row may have options for fairseq-train of its own.
+                [[ " ${flags[*]} " == *" -- "* ]] || flags+=(--)
+                flags+=("${extra[@]}")
+            fi
+            train_and_score "$name-seed$seed" "$seed" "${flags[@]}" &
             running+=("$!")
         done
     done

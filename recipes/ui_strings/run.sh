@@ -19,9 +19,9 @@ training=(
     --task translation --source-lang en --target-lang de --arch fwp_transformer
     --encoder-layers 2 --encoder-embed-dim "$width" --encoder-ffn-embed-dim 512 --encoder-attention-heads "$heads"
     --decoder-layers 2 --decoder-embed-dim "$width" --decoder-ffn-embed-dim 512 --decoder-attention-heads "$heads"
-    --share-all-embeddings --dropout 0.3
+    --share-all-embeddings --dropout 0.1
     --optimizer adam --adam-betas '(0.9, 0.98)' --lr-scheduler fixed --warmup-updates 400
-    --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 1024
+    --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 2048
 )
 peak_learning_rate=3e-3
 search+=(--beam 5)
