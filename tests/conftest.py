@@ -16,6 +16,19 @@ import pytest
 # Before anything imports torch, and for the commands too: the tensors of the tests are too small for several threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from fwp_fairseq.ops import BACKENDS, native  # noqa: E402
+
+needs_native = pytest.mark.skipif(native.unavailable is not None, reason=f"no compiled operators: {native.unavailable}")
+
+
+def backends(*without: str) -> pytest.MarkDecorator:
+    """Runs a test with every backend, except those named."""
+    names = sorted(set(BACKENDS) - set(without))
+    return pytest.mark.parametrize(
+        "backend", [pytest.param(n, marks=needs_native if n == "native" else ()) for n in names]
+    )
+
+
 ROOT = Path(__file__).resolve().parent.parent
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

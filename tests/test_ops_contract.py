@@ -9,6 +9,7 @@ from typing import Optional
 
 import pytest
 import torch
+from conftest import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,7 +17,6 @@ from torch import Tensor
 from fwp_fairseq.ops import BACKENDS, fast_weight_memory, fast_weight_scan, fast_weight_step
 from fwp_fairseq.ops.chunkwise import DEFAULT_CHUNK_SIZE
 
-backends = pytest.mark.parametrize("backend", sorted(BACKENDS))
 # What each rule of the table uses of (write, erase, decay).
 rules = pytest.mark.parametrize(
     "uses", [(False, False, False), (True, True, False), (True, False, True), (True, True, True), (False, False, True)]
@@ -75,7 +75,7 @@ def assert_agree(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
         assert error <= tolerance * scale, f"{name}: error {error:.1e}, scale {scale:.1e}"
 
 
-@backends
+@backends()
 @rules
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
@@ -85,7 +85,7 @@ def test_values_and_gradients_agree_with_the_float64_loop(backend, uses, shape, 
     assert_agree(results(inputs, backend), exact, tolerance)
 
 
-@backends
+@backends()
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_half_precision_inputs_accumulate_in_float32_and_return_their_type(backend, dtype, tolerance):
     inputs = make_inputs((1, 2, 150, 8, 8), (True, True, False), dtype)
@@ -110,7 +110,7 @@ def test_any_chunk_size_gives_the_same_result(shape, uses, chunk_size, seed):
     assert_agree(results(inputs, "chunk", chunk_size=chunk_size), results(inputs, "loop"), 1e-11)
 
 
-@backends
+@backends()
 @rules
 def test_gradients_pass_gradcheck(backend, uses):
     inputs = {n: x for n, x in make_inputs((1, 2, 6, 3, 2), uses, torch.float64).items() if x is not None}
@@ -124,7 +124,7 @@ def test_gradients_pass_gradcheck(backend, uses):
     torch.autograd.gradcheck(scan, leaves)
 
 
-@backends
+@backends()
 @rules
 @pytest.mark.parametrize("border", [1, 30, 64, 99])
 def test_scan_of_a_concatenation_continues_from_the_state_of_its_first_part(backend, uses, border):
@@ -140,7 +140,7 @@ def test_scan_of_a_concatenation_continues_from_the_state_of_its_first_part(back
     torch.testing.assert_close(state, final)
 
 
-@backends
+@backends()
 @rules
 def test_steps_equal_the_scan(backend, uses):
     inputs = make_inputs((2, 3, 20, 6, 4), uses, torch.float64)
@@ -153,7 +153,7 @@ def test_steps_equal_the_scan(backend, uses):
     torch.testing.assert_close(state, final)
 
 
-@backends
+@backends()
 def test_non_contiguous_and_expanded_inputs_are_read_correctly(backend):
     inputs = make_inputs((2, 3, 40, 4, 6), (True, True, True), torch.float64)
     odd = {n: x.transpose(-1, -2).contiguous().transpose(-1, -2) for n, x in inputs.items() if x is not None}
@@ -162,7 +162,7 @@ def test_non_contiguous_and_expanded_inputs_are_read_correctly(backend):
     assert_agree(results(odd, backend), results(plain, "loop"), 1e-12)
 
 
-@backends
+@backends()
 def test_a_token_with_write_0_erase_0_decay_1_changes_nothing(backend):
     inputs = make_inputs((1, 2, 90, 4, 3), (True, True, True), torch.float64)
     state = inputs.pop("initial_state")
@@ -177,7 +177,7 @@ def test_a_token_with_write_0_erase_0_decay_1_changes_nothing(backend):
     torch.testing.assert_close(final, expected_final)
 
 
-@backends
+@backends()
 @pytest.mark.parametrize("erase", [False, True])
 def test_a_decay_of_zero_forgets_everything_with_finite_gradients(backend, erase):
     inputs = make_inputs((1, 1, 70, 4, 3), (True, erase, True), torch.float64)
@@ -188,7 +188,7 @@ def test_a_decay_of_zero_forgets_everything_with_finite_gradients(backend, erase
     assert actual["d_initial_state"].abs().max() > 0  # the tokens before the first zero do read it
 
 
-@backends
+@backends()
 @rules
 def test_no_tokens_leave_the_state_as_it_is(backend, uses):
     inputs = make_inputs((2, 1, 0, 4, 3), uses, torch.float32)
@@ -198,7 +198,7 @@ def test_no_tokens_leave_the_state_as_it_is(backend, uses):
     assert torch.equal(torch.autograd.grad(state.sum(), initial)[0], torch.ones_like(initial))
 
 
-@backends
+@backends()
 def test_gradients_flow_only_where_they_are_wanted(backend):
     inputs = make_inputs((1, 1, 70, 4, 3), (True, True, False), torch.float64)
     state = inputs.pop("initial_state")
@@ -293,7 +293,7 @@ print(peak / inputs)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read in Linux units")
-@pytest.mark.parametrize("backend", sorted(set(BACKENDS) - {"loop"}))
+@backends("loop")
 def test_training_memory_stays_within_a_small_factor_of_the_inputs(backend):
     """L = 8192, Dk = Dv = 64: gradients and read-outs alone are 1.3 times q, k and v; a state per token is 21 times."""
     run = subprocess.run(

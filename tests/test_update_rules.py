@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from conftest import backends
 
 from fwp_fairseq.ops import (
-    BACKENDS,
     UPDATE_RULES,
     Gates,
     fast_weight_memory,
@@ -15,14 +15,12 @@ from fwp_fairseq.ops import (
     normalized_step,
 )
 
-backends = pytest.mark.parametrize("backend", sorted(BACKENDS))
-
 
 def orthonormal_keys(number: int) -> torch.Tensor:
     return torch.eye(number, dtype=torch.float64)[None, None]
 
 
-@backends
+@backends()
 @pytest.mark.parametrize("rule", ["delta", "gated", "sum"])
 def test_rewriting_one_of_orthonormal_keys(rule, backend):
     """Appendix B: the delta rule replaces one value and leaves the others; gating decays them all; the sum adds up."""
@@ -38,7 +36,7 @@ def test_rewriting_one_of_orthonormal_keys(rule, backend):
     torch.testing.assert_close(after[:, :, others], values[:, :, others] * (0.3 if rule == "gated" else 1.0))
 
 
-@backends
+@backends()
 def test_delta_rule_with_full_strength_reads_back_the_latest_value(backend):
     keys = orthonormal_keys(3)[:, :, [0, 1, 2, 0, 1, 0]]
     values = torch.randn(1, 1, 6, 2, dtype=torch.float64)
@@ -92,7 +90,7 @@ def normalised_by_the_book(q, k, v, write, erase, decay, state, z):
     return torch.stack(outputs), state, z
 
 
-@backends
+@backends()
 @pytest.mark.parametrize("started", [False, True])
 @pytest.mark.parametrize("name", ["sum", "delta", "gated", "gated-delta"])
 def test_attention_normalisation_is_equations_26_to_28(name, started, backend):
@@ -125,7 +123,7 @@ def test_attention_normalisation_is_equations_26_to_28(name, started, backend):
     torch.testing.assert_close(z, final_z)
 
 
-@backends
+@backends()
 def test_normalised_sum_rule_is_linear_attention(backend):
     """Equation 18: the read-out is the mean of values weighted by k · q over the past."""
     q, k = torch.rand(2, 1, 2, 10, 4, dtype=torch.float64)
@@ -135,7 +133,7 @@ def test_normalised_sum_rule_is_linear_attention(backend):
     torch.testing.assert_close(normalized_scan(q, k, v, Gates(), backend=backend)[0], expected)
 
 
-@backends
+@backends()
 @pytest.mark.parametrize("name", ["sum", "delta"])
 def test_normalised_reading_of_an_empty_memory_is_zero_with_finite_gradients(name, backend):
     rule = UPDATE_RULES[name]

@@ -1,7 +1,8 @@
 """The public operators on fast-weight memories. Layout: batch B, heads H, time L, features D.
 
 They check shapes, promote to the state's type, and pick a backend; the mathematics is in ``token_loop`` (the
-definition) and ``chunkwise`` (parallel over time). ``update_rules`` says which scalars make which rule.
+definition), ``chunkwise`` (parallel over time) and ``native`` (the same, compiled). ``update_rules`` says which scalars
+make which rule.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,13 +11,13 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from fwp_fairseq.ops import chunkwise, token_loop
+from fwp_fairseq.ops import chunkwise, native, token_loop
 from fwp_fairseq.ops.numerics import state_dtype
 
 _Scan = Callable[..., tuple[Optional[Tensor], Tensor]]
 
 # A compiled backend joins the package, its checks and its contract tests by adding one entry.
-BACKENDS: dict[str, _Scan] = {"loop": token_loop.scan, "chunk": chunkwise.scan}
+BACKENDS: dict[str, _Scan] = {"loop": token_loop.scan, "chunk": chunkwise.scan, "native": native.scan}
 
 
 def fast_weight_scan(
@@ -41,12 +42,14 @@ def fast_weight_scan(
     q, k: (B, H, L, Dk), v: (B, H, L, Dv), any float type. write, erase, decay: (B, H, L), or None for 1, 0 and 1.
     initial_state: (B, H, Dk, Dv), or None for zero. Differentiable in every tensor, also through the final state.
 
-    backend: "loop" (the definition, one token at a time), "chunk" (parallel over time), or "auto".
+    backend: "loop" (the definition, one token at a time), "chunk" (parallel over time), "native" (parallel over time,
+        compiled), or "auto": "native" where it was built and has kernels for the device, else "chunk".
     max_norm: after each write scale W down to this Frobenius norm if it is larger (1 for FWM); needs the loop.
     chunk_size: tokens per chunk of the "chunk" backend.
 
     Returns out (B, H, L, Dv) in v's type and the final state (B, H, Dk, Dv) in float32 (float64 for float64 inputs).
-    Raises ValueError on shapes that do not fit, and on options that the backend does not have.
+    Raises ValueError on shapes that do not fit, and on options that the backend does not have; RuntimeError where
+    "native" is asked for and is not there.
     """
     out, state = _run(q, k, v, write, erase, decay, initial_state, backend, max_norm, chunk_size)
     assert out is not None  # there were queries
@@ -115,28 +118,39 @@ def _run(
 ) -> tuple[Optional[Tensor], Tensor]:
     dtype = _check(q, k, v, (write, erase, decay))
     state_shape = (k.size(0), k.size(1), k.size(3), v.size(3))
-    if initial_state is None:
-        initial_state = k.new_zeros(state_shape, dtype=dtype)
-    elif initial_state.shape != state_shape:
+    if initial_state is not None and initial_state.shape != state_shape:
         raise ValueError(
             f"initial_state has shape {tuple(initial_state.shape)}, it must be {state_shape}: (B, H, Dk, Dv)"
         )
-    name = choose_backend(backend, max_norm)
-    if k.size(2) == 0:
-        return None if q is None else v.new_empty(v.shape), initial_state.to(dtype, copy=True)
+    initial_state = None if initial_state is None else initial_state.to(dtype)
+    name = choose_backend(backend, max_norm, k.device.type)
+    if k.numel() == 0 or v.numel() == 0:
+        state = k.new_zeros(state_shape, dtype=dtype) if initial_state is None else initial_state.clone()
+        return None if q is None else v.new_zeros(v.shape), state
+    if name == "native":
+        return native.scan(q, k, v, write, erase, decay, initial_state)
     options: dict[str, Any] = {}
     if name == "loop" and max_norm is not None:
         options["max_norm"] = max_norm
     if name == "chunk" and chunk_size is not None:
         options["chunk_size"] = chunk_size
-    inputs = (None if x is None else x.to(dtype) for x in (q, k, v, write, erase, decay, initial_state))
-    return BACKENDS[name](*inputs, **options)
+    if initial_state is None:
+        initial_state = k.new_zeros(state_shape, dtype=dtype)
+    inputs = (None if x is None else x.to(dtype) for x in (q, k, v, write, erase, decay))
+    return BACKENDS[name](*inputs, initial_state, **options)
 
 
-def choose_backend(backend: str, max_norm: Optional[float] = None) -> str:
+def choose_backend(backend: str, max_norm: Optional[float] = None, device_type: str = "cpu") -> str:
     """Name of the backend that runs. Raises ValueError for an unknown one and for ``max_norm`` without the loop."""
     if backend == "auto":
-        return "chunk" if max_norm is None else "loop"
+        if max_norm is not None:
+            return "loop"
+        if not native.supports(device_type):
+            return "chunk"
+        if native.unavailable is not None:
+            native.note_unavailable()
+            return "chunk"
+        return "native"
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, allowed are {', '.join(['auto', *BACKENDS])}")
     if max_norm is not None and backend != "loop":

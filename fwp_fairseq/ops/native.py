@@ -1,0 +1,154 @@
+"""Fast weights in compiled code: the operators of ``csrc/``, with the shapes and the autograd that torch needs of them.
+
+``setup.py`` builds the library where torch can be imported, and names it after that version of torch: a library built
+for another one is never loaded. Without a library everything works with the "chunk" backend.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from fwp_fairseq.ops.numerics import state_dtype
+
+logger = logging.getLogger(__name__)
+
+LIBRARY_PREFIX = "_native_for_torch_"
+REMEDY = (
+    "pip install --no-build-isolation --force-reinstall --no-deps fwp-fairseq (in a clone: -e .), with a C++ compiler"
+)
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _load() -> Optional[str]:
+    """Load the library for this version of torch; return why that cannot be, or None."""
+    version = torch.__version__.split("+")[0].replace(".", "_")
+    found = {path.name.split(".")[0]: path for path in sorted(Path(__file__).parent.parent.glob(LIBRARY_PREFIX + "*"))}
+    path = found.get(LIBRARY_PREFIX + version)
+    if path is None:
+        if not found:
+            return f"they were not built at installation; to build them: {REMEDY}"
+        others = ", ".join(name.removeprefix(LIBRARY_PREFIX).replace("_", ".") for name in found)
+        return f"they were built for torch {others}, this is torch {torch.__version__}; to build them anew: {REMEDY}"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path} cannot be loaded ({error.__cause__ or error}); to build it anew: {REMEDY}"
+    _register()
+    return None
+
+
+def note_unavailable() -> None:
+    """Say once that the compiled operators are missing, and what to do."""
+    global _noted
+    if not _noted and not torch.compiler.is_compiling():
+        _noted = True
+        logger.warning("fast weights run without their compiled operators, which are faster: %s", unavailable)
+
+
+def supports(device_type: str) -> bool:
+    """Whether there are kernels for a kind of device."""
+    return device_type == "cpu"
+
+
+def scan(
+    q: Optional[Tensor],
+    k: Tensor,
+    v: Tensor,
+    write: Optional[Tensor],
+    erase: Optional[Tensor],
+    decay: Optional[Tensor],
+    initial_state: Optional[Tensor],
+) -> tuple[Optional[Tensor], Tensor]:
+    """Same contract as ``token_loop.scan``. q, k and v are read, and read-outs written, in their own type.
+
+    Raises RuntimeError where the compiled operators are not available.
+    """
+    if unavailable is not None:
+        raise RuntimeError(f"backend is 'native', but its compiled operators cannot be used: {unavailable}")
+    if not supports(k.device.type):
+        raise RuntimeError(f"backend is 'native', but there are no compiled operators for {k.device.type} tensors")
+    dtype = torch.promote_types(k.dtype, v.dtype)
+    # What is not a type of the kernels (float8, say) is computed in the type of the state.
+    dtype = dtype if dtype in _FLOATS else state_dtype(dtype)
+    q, k, v = None if q is None else q.to(dtype), k.to(dtype), v.to(dtype)
+    gates = (None if x is None else x.to(state_dtype(dtype)) for x in (write, erase, decay))
+    differentiable = any(x is not None and x.requires_grad for x in (q, k, v, write, erase, decay, initial_state))
+    out, state, _ = torch.ops.fwp_fairseq.scan(
+        q, k, v, *gates, initial_state, torch.is_grad_enabled() and differentiable
+    )
+    return (None if q is None else out), state
+
+
+def _register() -> None:
+    torch.library.register_fake("fwp_fairseq::scan", _scan_shapes)
+    torch.library.register_fake("fwp_fairseq::scan_backward", _backward_shapes)
+    torch.library.register_autograd("fwp_fairseq::scan", _backward, setup_context=_save)
+    torch.library.register_autograd("fwp_fairseq::scan_backward", _second_backward)
+
+
+def _scan_shapes(
+    q: Optional[Tensor],
+    k: Tensor,
+    v: Tensor,
+    write: Optional[Tensor],
+    erase: Optional[Tensor],
+    decay: Optional[Tensor],
+    initial_state: Optional[Tensor],
+    keep_borders: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = state_dtype(k.dtype)
+    batch, heads, length, d_k = k.shape
+    out = v.new_empty(0) if q is None else v.new_empty(v.shape)
+    borders = (length + SEGMENT - 1) // SEGMENT - 1 if keep_borders else 0
+    state = k.new_empty((batch, heads, d_k, v.size(3)), dtype=dtype)
+    return out, state, k.new_empty((batch, heads, borders, d_k, v.size(3)), dtype=dtype)
+
+
+def _backward_shapes(
+    grad_out: Optional[Tensor],
+    grad_state: Optional[Tensor],
+    q: Optional[Tensor],
+    k: Tensor,
+    v: Tensor,
+    *others: Optional[Tensor],
+) -> tuple[Tensor, ...]:
+    *gates_and_state, _ = others
+
+    def like(x: Optional[Tensor], dtype: torch.dtype) -> Tensor:
+        return k.new_empty(0 if x is None else x.shape, dtype=dtype)
+
+    rest = (like(x, state_dtype(k.dtype)) for x in gates_and_state)
+    return like(q, k.dtype), like(k, k.dtype), like(v, v.dtype), *rest
+
+
+# Tokens from one kept memory to the next: kSegment of csrc/fast_weights_cpu.h.
+SEGMENT = 128
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, _ = inputs
+    borders = output[2]
+    ctx.mark_non_differentiable(borders)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, borders)
+
+
+def _backward(
+    ctx: Any, grad_out: Optional[Tensor], grad_state: Optional[Tensor], _: Optional[Tensor]
+) -> tuple[Optional[Tensor], ...]:
+    *tensors, borders = ctx.saved_tensors
+    grads = torch.ops.fwp_fairseq.scan_backward(grad_out, grad_state, *tensors, borders)
+    return *(None if x is None else grad for x, grad in zip(tensors, grads)), None
+
+
+def _second_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("the gradient of fast weights cannot be differentiated again; backend 'loop' can")
+
+
+# Why the compiled operators cannot be used, or None if they can.
+unavailable: Optional[str] = _load()
+_noted = False
