@@ -31,7 +31,7 @@ set_up() {
         echo "tests/run.sh: needs Python 3.10, 3.11 or 3.12; the variable PYTHON can name it." >&2
         exit 1
     fi
-    fingerprint=$({ "$python" --version && cat setup.py constraints.txt; } | cksum)
+    fingerprint=$({ "$python" --version && cat setup.py constraints.txt fwp_fairseq/csrc/*; } | cksum)
     if [[ -f $marker && $(<"$marker") == "$fingerprint" ]]; then return; fi
     # What is without the marker was made by somebody else: install into it, but remove nothing.
     if [[ -f $marker ]]; then clear=--clear; fi
@@ -39,6 +39,8 @@ set_up() {
     "$python" -m venv $clear "$venv"
     echo unfinished >"$marker"
     "$venv/bin/python" -m pip install --quiet -c constraints.txt -e ".[fairseq,test]"
+    # Again, for the compiled operators, which are built where torch is installed.
+    "$venv/bin/python" -m pip install --quiet -c constraints.txt --no-deps --no-build-isolation -e .
     echo "$fingerprint" >"$marker"
 }
 

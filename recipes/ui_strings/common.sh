@@ -186,14 +186,18 @@ install() {
         fail "--python $python is $("$python" --version 2>&1), needed is Python 3.10 to 3.12."
     "$python" -m venv --clear -- "$venv"
     # From inside the clone: pip takes a path with an extra only if nothing in the path is special to it.
+    # Twice, because the compiled operators need torch to be there when they are built; without a C++ compiler the
+    # package works, only slower.
     (cd -- "$repository" &&
-        "$venv/bin/python" -m pip install -c constraints.txt -r recipes/ui_strings/requirements.txt -e ".[fairseq]")
+        "$venv/bin/python" -m pip install -c constraints.txt -r recipes/ui_strings/requirements.txt -e ".[fairseq]" &&
+        "$venv/bin/python" -m pip install -c constraints.txt setuptools &&
+        "$venv/bin/python" -m pip install -c constraints.txt --no-deps --no-build-isolation -e .)
 }
 
 # Make sure that $python has everything installed; set what fairseq's commands need.
 enter_environment() {
     if [[ $venv != none ]]; then
-        local files=("$repository"/{setup.py,pyproject.toml,constraints.txt} "$recipe/requirements.txt")
+        local files=("$repository"/{setup.py,pyproject.toml,constraints.txt,fwp_fairseq/csrc/*} "$recipe/requirements.txt")
         step "$venv/.installed" "$venv/bin/python" "$("$python" --version 2>&1) $(fingerprint "${files[@]}")" \
             "virtual environment and packages" install
         python=$venv/bin/python
