@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Corpus, Run
+from conftest import ROOT, Corpus, Run, needs_native
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -21,7 +21,7 @@ def installed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("installed")
     # Built from a copy: the build leaves files beside setup.py, and would take in those of an earlier one.
     source = folder / "source"
-    skipped = shutil.ignore_patterns("__pycache__")
+    skipped = shutil.ignore_patterns("__pycache__", "*.so")
     shutil.copytree(ROOT / "fwp_fairseq", source / "fwp_fairseq", ignore=skipped)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -42,10 +42,18 @@ def test_the_module_prints_the_user_dir_and_nothing_else(run: Run, tmp_path: Pat
 
 def test_an_installed_package_has_every_file_of_the_clone(installed: Path) -> None:
     def files(folder: Path) -> set[str]:
-        return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+        found = (p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts and p.suffix != ".so")
+        return {str(p.relative_to(folder)) for p in found}
 
     assert files(installed / "fwp_fairseq") == files(ROOT / "fwp_fairseq")
     assert "models/fwp_transformer.py" in files(installed / "fwp_fairseq")
+
+
+@needs_native
+def test_an_installed_package_has_its_compiled_operators(installed: Path, run: Run, tmp_path: Path) -> None:
+    code = "from fwp_fairseq.ops import native; print(native.__file__, native.unavailable)"
+    found = run("python", "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).stdout.split()
+    assert found == [str(installed / "fwp_fairseq" / "ops" / "native.py"), "None"]
 
 
 def test_an_installed_package_serves_as_user_dir(corpus: Corpus, installed: Path, run: Run, tmp_path: Path) -> None:
