@@ -12,8 +12,9 @@ cd "$copy"
 rm -f fwp_fairseq/*.so
 FWP_SANITIZE=1 python setup.py --quiet build_ext --inplace
 [[ -n $(compgen -G 'fwp_fairseq/*.so') ]] || { echo "sanitize.sh: the operators could not be built." >&2; exit 1; }
-# Python itself is not built for the sanitizer, so its runtime is loaded first; what Python and torch never free is not
-# the question.
-export LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0
+# Python itself is not built for the sanitizer, so its runtime is loaded first, with the C++ library whose exceptions it
+# watches; what Python and torch never free is not the question.
+LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so.6)"
+export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0
 python -m pytest -q -p no:cacheprovider tests/test_ops_contract.py tests/test_native.py \
     -k "native and not loop- and not chunk- and not memory_stays and not installs_without and not compiled_function" "$@"
