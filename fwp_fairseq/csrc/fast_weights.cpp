@@ -1,7 +1,9 @@
 // The operators: schemas, and their implementation on the CPU. fwp_fairseq/ops/native.py adds shapes and autograd.
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "fast_weights_cpu.h"
