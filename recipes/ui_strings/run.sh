@@ -60,7 +60,7 @@ option encoder-self-attention "$places" "$default_encoder_self_attention" "atten
 option decoder-self-attention "$places" "$default_decoder_self_attention" "causal attention within the decoder"
 option cross-attention "$places" "$default_cross_attention" "attention of the decoder to the encoder"
 option softmax flag 0 "softmax in all three places: the baseline"
-option epochs count 16 "passes over the training pairs"
+option epochs count 18 "passes over the training pairs"
 option seed number 1 "seed of initialisation, order of batches and dropout"
 option model text "" "name of the trained model, a folder in OUTPUT/models (default: made from the settings)"
 option data-only flag 0 "stop before the training"
