@@ -334,7 +334,8 @@ def main() -> int:
         writer.writerow(Row._fields)
         writer.writerows([f"{x:.4g}" if isinstance(x, float) else x for x in row] for row in rows)
     os.replace(temporary, options.output / "operators.csv")
-    plot(rows, options.output / "operators.png")
+    if options.only in (None, "lengths"):
+        plot(rows, options.output / "operators.png")
     return 0
 
 
