@@ -24,10 +24,11 @@ struct Sequence {
     int64_t batch = 0, head = 0, row = 0;
     int64_t block = 0;  // between the parts of a gradient that blocks of value columns have shares in
 
+    int64_t bytes() const { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }  // of an element
+
     Sequence at(int64_t b, int64_t h, int64_t part) const {
         Sequence moved = *this;
-        const int64_t size = type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2;
-        moved.data = static_cast<char*>(data) + (b * batch + h * head + part * block) * size;
+        moved.data = static_cast<char*>(data) + (b * batch + h * head + part * block) * bytes();
         return moved;
     }
 };

@@ -28,7 +28,7 @@
 // forward pass, and the others computed again.
 //
 // Cost for each token, D = Dk = Dv, multiply and add counted apart: forward 4 D^2 (sum) and 6 D^2 (delta), backward 10
-// D^2 and 16 D^2 with the memories that are computed again, and about (3, 4; 5, 11) * 16 D of triangles. So a small
+// D^2 and 16 D^2 with the memories that are computed again, and about (2, 4; 5, 12) * 16 D of triangles. So a small
 // chunk has the least to do; 16 tokens still fill the vector lanes and the accumulators of a 6 x 2-vector tile, and W0
 // is read from the first or second cache once for 16 tokens. A memory takes part in products in three ways: as rows
 // that vectors are loaded from, by elements (either index running fastest), never transposed. That is why some results
@@ -139,14 +139,9 @@ Elements<T> transposed(const T* data, int64_t row) { return {data, 1, row}; }
 
 // --- Rows in and out -------------------------------------------------------------------------------------------------
 
-template <class T, class S>
-void widen(const S* from, int count, T* to) {
-    for (int i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
-}
-
-template <class T, class S>
-void narrow(const T* from, int count, S* to) {
-    for (int i = 0; i < count; ++i) to[i] = static_cast<S>(from[i]);
+template <class From, class To>
+void convert(const From* from, int count, To* to) {
+    for (int i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
 }
 
 // Rows [first, first + count) and columns [column, column + width) of a matrix of tokens.
@@ -155,20 +150,19 @@ void load(const Sequence& x, int64_t first, int count, int64_t column, int width
     for (int t = 0; t < count; ++t) {
         const int64_t at = (first + t) * x.row + column;
         switch (x.type) {
-        case Type::float32: widen(static_cast<const float*>(x.data) + at, width, to + t * to_row); break;
-        case Type::float64: widen(static_cast<const double*>(x.data) + at, width, to + t * to_row); break;
-        case Type::float16: widen(static_cast<const Half*>(x.data) + at, width, to + t * to_row); break;
-        case Type::bfloat16: widen(static_cast<const BFloat16*>(x.data) + at, width, to + t * to_row); break;
+        case Type::float32: convert(static_cast<const float*>(x.data) + at, width, to + t * to_row); break;
+        case Type::float64: convert(static_cast<const double*>(x.data) + at, width, to + t * to_row); break;
+        case Type::float16: convert(static_cast<const Half*>(x.data) + at, width, to + t * to_row); break;
+        case Type::bfloat16: convert(static_cast<const BFloat16*>(x.data) + at, width, to + t * to_row); break;
         }
     }
 }
 
 // Ask for rows that will be loaded next: they are a page further on, where the processor does not look by itself.
 inline void prefetch(const Sequence& x, int64_t first, int count, int64_t column, int width) {
-    const int64_t size = x.type == Type::float64 ? 8 : x.type == Type::float32 ? 4 : 2;
     for (int t = 0; t < count; ++t) {
-        const char* row = static_cast<const char*>(x.data) + ((first + t) * x.row + column) * size;
-        for (int64_t byte = 0; byte < width * size; byte += 64) __builtin_prefetch(row + byte);
+        const char* row = static_cast<const char*>(x.data) + ((first + t) * x.row + column) * x.bytes();
+        for (int64_t byte = 0; byte < width * x.bytes(); byte += 64) __builtin_prefetch(row + byte);
     }
 }
 
@@ -177,10 +171,10 @@ void store(const T* from, int64_t from_row, const Sequence& x, int64_t first, in
     for (int t = 0; t < count; ++t) {
         const int64_t at = (first + t) * x.row + column;
         switch (x.type) {
-        case Type::float32: narrow(from + t * from_row, width, static_cast<float*>(x.data) + at); break;
-        case Type::float64: narrow(from + t * from_row, width, static_cast<double*>(x.data) + at); break;
-        case Type::float16: narrow(from + t * from_row, width, static_cast<Half*>(x.data) + at); break;
-        case Type::bfloat16: narrow(from + t * from_row, width, static_cast<BFloat16*>(x.data) + at); break;
+        case Type::float32: convert(from + t * from_row, width, static_cast<float*>(x.data) + at); break;
+        case Type::float64: convert(from + t * from_row, width, static_cast<double*>(x.data) + at); break;
+        case Type::float16: convert(from + t * from_row, width, static_cast<Half*>(x.data) + at); break;
+        case Type::bfloat16: convert(from + t * from_row, width, static_cast<BFloat16*>(x.data) + at); break;
         }
     }
 }

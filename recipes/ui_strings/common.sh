@@ -189,8 +189,8 @@ install() {
     # Twice, because the compiled operators need torch to be there when they are built; without a C++ compiler the
     # package works, only slower.
     (cd -- "$repository" &&
-        "$venv/bin/python" -m pip install -c constraints.txt -r recipes/ui_strings/requirements.txt -e ".[fairseq]" &&
-        "$venv/bin/python" -m pip install -c constraints.txt setuptools &&
+        "$venv/bin/python" -m pip install -c constraints.txt -r recipes/ui_strings/requirements.txt -e ".[fairseq]" \
+            setuptools &&
         "$venv/bin/python" -m pip install -c constraints.txt --no-deps --no-build-isolation -e .)
 }
 
