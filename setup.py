@@ -31,7 +31,7 @@ def compiled_operators() -> list[Extension]:
             # Named for its version of torch: what ops/native.py finds it by.
             f"fwp_fairseq._native_for_torch_{version}",
             sources=["fwp_fairseq/csrc/fast_weights.cpp", "fwp_fairseq/csrc/fast_weights_cpu.cpp"],
-            depends=["fwp_fairseq/csrc/fast_weights_cpu.h", "fwp_fairseq/csrc/fast_weights_cpu_kernels.h"],
+            depends=["fwp_fairseq/csrc/fast_weights.h", "fwp_fairseq/csrc/fast_weights_cpu.h", "fwp_fairseq/csrc/fast_weights_cpu_kernels.h"],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch_cpu", "c10"],

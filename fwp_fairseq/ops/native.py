@@ -125,7 +125,7 @@ def _backward_shapes(
     return like(q, k.dtype), like(k, k.dtype), like(v, v.dtype), *rest
 
 
-# Tokens from one kept memory to the next: kSegment of csrc/fast_weights_cpu.h.
+# Tokens from one kept memory to the next: kSegment of csrc/fast_weights.h.
 SEGMENT = 128
 
 
