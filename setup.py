@@ -8,6 +8,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "fwp_fairseq" / "csrc"
 # Read, not imported: the package cannot be imported before its dependencies are there.
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fwp_fairseq" / "__init__.py").read_text("utf-8"), re.M)[1]
 
@@ -30,8 +31,8 @@ def compiled_operators() -> list[Extension]:
         Extension(
             # Named for its version of torch: what ops/native.py finds it by.
             f"fwp_fairseq._native_for_torch_{version}",
-            sources=["fwp_fairseq/csrc/fast_weights.cpp", "fwp_fairseq/csrc/fast_weights_cpu.cpp"],
-            depends=["fwp_fairseq/csrc/fast_weights.h", "fwp_fairseq/csrc/fast_weights_cpu.h", "fwp_fairseq/csrc/fast_weights_cpu_kernels.h"],
+            sources=[str(path.relative_to(ROOT)) for path in sorted(CSRC.glob("*.cpp"))],
+            depends=[str(path.relative_to(ROOT)) for path in sorted(CSRC.glob("*.h"))],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch_cpu", "c10"],

@@ -38,11 +38,14 @@ CONFIGS = [
         )
     )
 ]
-every_config = pytest.mark.parametrize(
-    "config",
-    CONFIGS,
-    ids=lambda c: f"{c.update_rule}-{c.feature_map}-{c.key_normalization}{'-an' * c.attention_normalization}",
-)
+
+
+def name_of(config: FastWeightConfig) -> str:
+    end = "-an" if config.attention_normalization else ""
+    return f"{config.update_rule}-{config.feature_map}-{config.key_normalization}{end}"
+
+
+every_config = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 
 
 def build(config: FastWeightConfig, **kwargs) -> FastWeightAttention:

@@ -1,4 +1,4 @@
-// The operators: schemas, and their implementation on the CPU. fwp_fairseq/ops/native.py adds shapes and autograd.
+// The training operators: schemas, and their implementation on the CPU. fwp_fairseq/ops/native.py adds shapes and autograd.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -7,38 +7,17 @@
 #include <torch/library.h>
 
 #include "fast_weights_cpu.h"
+#include "fast_weights_tensors.h"
 
 namespace {
 
 using at::Tensor;
 using std::optional;
 
-fwp::Type type_of(const Tensor& x) {
-    switch (x.scalar_type()) {
-    case at::kFloat: return fwp::Type::float32;
-    case at::kDouble: return fwp::Type::float64;
-    case at::kHalf: return fwp::Type::float16;
-    case at::kBFloat16: return fwp::Type::bfloat16;
-    default: TORCH_CHECK_VALUE(false, "fast weights take floating-point tensors, not ", x.scalar_type());
-    }
-}
-
-// `x`, or a copy of it with adjacent features.
-Tensor with_rows(const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
-
-// (B, H, L, D), or (P, B, H, L, D) for parts.
-fwp::Sequence rows_of(const Tensor& x) {
-    const int64_t d = x.dim() - 4;
-    return {x.data_ptr(), type_of(x), x.stride(d), x.stride(d + 1), x.stride(d + 2), d ? x.stride(0) : 0};
-}
-
-// (B, H, L), or (P, B, H, L) for parts.
-fwp::Sequence gate_of(const Tensor& x) {
-    const int64_t d = x.dim() - 3;
-    return {x.data_ptr(), type_of(x), x.stride(d), x.stride(d + 1), x.stride(d + 2), d ? x.stride(0) : 0};
-}
-
-at::ScalarType state_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+using fwp::gate_of;
+using fwp::rows_of;
+using fwp::state_type;
+using fwp::with_rows;
 
 // The operators as they are called; holds whatever copies the pointers in `problem` need.
 struct Call {

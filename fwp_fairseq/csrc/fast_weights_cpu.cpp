@@ -3,7 +3,9 @@
 #include "fast_weights_cpu.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -12,6 +14,7 @@ namespace fwp {
 #define FWP_ISA baseline
 #define FWP_VECTOR_BYTES 16
 #include "fast_weights_cpu_kernels.h"
+#include "fast_weights_cpu_step.h"
 #undef FWP_ISA
 #undef FWP_VECTOR_BYTES
 
@@ -26,6 +29,7 @@ namespace fwp {
 #define FWP_ISA avx2
 #define FWP_VECTOR_BYTES 32
 #include "fast_weights_cpu_kernels.h"
+#include "fast_weights_cpu_step.h"
 #undef FWP_ISA
 #undef FWP_VECTOR_BYTES
 #if defined(__clang__)
@@ -50,25 +54,39 @@ bool has_avx2() {
 
 const char* instruction_set() { return has_avx2() ? "avx2" : "baseline"; }
 
+#ifdef FWP_HAS_AVX2
+#define FWP_DISPATCH(call) return has_avx2() ? avx2::call : baseline::call
+#else
+#define FWP_DISPATCH(call) return baseline::call
+#endif
+
 template <class T>
 void forward(const Problem& problem, int64_t begin, int64_t end) {
-#ifdef FWP_HAS_AVX2
-    if (has_avx2()) return avx2::forward<T>(problem, begin, end);
-#endif
-    baseline::forward<T>(problem, begin, end);
+    FWP_DISPATCH(forward<T>(problem, begin, end));
 }
 
 template <class T>
 void backward(const Problem& problem, int64_t begin, int64_t end) {
-#ifdef FWP_HAS_AVX2
-    if (has_avx2()) return avx2::backward<T>(problem, begin, end);
-#endif
-    baseline::backward<T>(problem, begin, end);
+    FWP_DISPATCH(backward<T>(problem, begin, end));
+}
+
+template <class T>
+void step(const Step& problem, const Moves& moves, int64_t begin, int64_t end) {
+    FWP_DISPATCH(step<T>(problem, moves, begin, end));
+}
+
+template <class T>
+void read(const Read& problem, int64_t begin, int64_t end) {
+    FWP_DISPATCH(read<T>(problem, begin, end));
 }
 
 template void forward<float>(const Problem&, int64_t, int64_t);
 template void forward<double>(const Problem&, int64_t, int64_t);
 template void backward<float>(const Problem&, int64_t, int64_t);
 template void backward<double>(const Problem&, int64_t, int64_t);
+template void step<float>(const Step&, const Moves&, int64_t, int64_t);
+template void step<double>(const Step&, const Moves&, int64_t, int64_t);
+template void read<float>(const Read&, int64_t, int64_t);
+template void read<double>(const Read&, int64_t, int64_t);
 
 }  // namespace fwp

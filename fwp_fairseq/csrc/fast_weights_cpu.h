@@ -5,6 +5,8 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <vector>
+
 #include "fast_weights.h"
 
 namespace fwp {
@@ -17,6 +19,20 @@ template <class T>
 void forward(const Problem& problem, int64_t begin, int64_t end);
 template <class T>
 void backward(const Problem& problem, int64_t begin, int64_t end);
+
+// Which row of a step goes on from which memory. Rows of one parent are a family: rows [begin[f], begin[f + 1]) of `row`
+// and `to`, the one that keeps the parent's place `from[f]` at the end.
+struct Moves {
+    std::vector<int64_t> begin, from, row, to;
+
+    int64_t families() const { return int64_t(from.size()); }
+};
+
+// Work items [begin, end) of a step: a family and a head; of a read: a memory and a head.
+template <class T>
+void step(const Step& problem, const Moves& moves, int64_t begin, int64_t end);
+template <class T>
+void read(const Read& problem, int64_t begin, int64_t end);
 
 // Name of the instruction set in use.
 const char* instruction_set();

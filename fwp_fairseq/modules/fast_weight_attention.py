@@ -18,6 +18,7 @@ from fwp_fairseq.ops import (
     fast_weight_memory,
     fast_weight_scan,
     fast_weight_step,
+    native,
     normalized_memory,
     normalized_read,
     normalized_scan,
@@ -30,6 +31,9 @@ IncrementalState = dict[str, dict[str, Optional[Tensor]]]
 # fairseq's decoder layer looks for this key to see whether decoding has begun (--cross-self-attention needs it).
 _MEMORY = "prev_key"
 _NORMALIZER = "normalizer"
+# With the compiled step: where rows of the batch have their memories, and the beam order that is yet to be applied.
+_PLACES = "places"
+_ORDER = "order"
 
 
 @with_incremental_state
@@ -174,11 +178,12 @@ class FastWeightAttention(nn.Module):
         incremental_state: Optional[IncrementalState],
     ) -> Tensor:
         assert key is not None and value is not None
+        if incremental_state is not None and key.size(0) == 1 and self._decodes_natively(query):
+            return self._step_natively(query, key, value, padding, incremental_state)
         q, k, v = self._split_heads(self.q_proj(query), self.k_proj(key), self.v_proj(value))
         q, k = self.features(q, k)
         gates = self._gates(key, padding)
-        buffer = self._get_input_buffer(incremental_state)
-        memory, normalizer = buffer.get(_MEMORY), buffer.get(_NORMALIZER)
+        memory, normalizer = _in_rows(self._get_input_buffer(incremental_state))
 
         before = k.size(2) - q.size(2)
         if before > 0:
@@ -199,6 +204,45 @@ class FastWeightAttention(nn.Module):
             )
         self._set_input_buffer(incremental_state, {_MEMORY: memory, _NORMALIZER: normalizer})
         return read
+
+    def _decodes_natively(self, query: Tensor) -> bool:
+        """Whether one compiled operator can do all of this token's work on the memory."""
+        return (
+            query.size(0) == 1
+            and self.backend in ("auto", "native")
+            and self.rule.max_norm is None
+            and not self.training
+            and not torch.is_grad_enabled()
+            and native.unavailable is None
+            and native.supports(query.device.type)
+        )
+
+    def _step_natively(
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Optional[Tensor], incremental_state: IncrementalState
+    ) -> Tensor:
+        rows, heads = query.size(1), (query.size(1), self.num_heads, self.head_dim)
+        buffer = self._get_input_buffer(incremental_state)
+        memory, normalizer = buffer.get(_MEMORY), buffer.get(_NORMALIZER)
+        if memory is None:
+            memory = query.new_zeros(*heads[:2], self.features.size, self.head_dim, dtype=state_dtype(query.dtype))
+            normalizer = memory.new_zeros(*memory.shape[:3], 1) if self.attention_normalization else None
+        read, places = native.step(
+            self.q_proj(query).view(heads),
+            self.k_proj(key).view(heads),
+            self.v_proj(value).view(heads),
+            None if self.write_proj is None else self.write_proj(key)[0],
+            None if self.decay_proj is None else self.decay_proj(key)[0],
+            None if padding is None else padding.bool().view(rows),
+            memory,
+            normalizer,
+            buffer.get(_ORDER),
+            buffer.get(_PLACES),
+            self.features.address_features(),
+            erases=self.rule.erases,
+            complement=self.rule.forgets == "complement",
+        )
+        self._set_input_buffer(incremental_state, {_MEMORY: memory, _NORMALIZER: normalizer, _PLACES: places})
+        return read[:, :, None]
 
     def _read_whole(
         self,
@@ -223,6 +267,8 @@ class FastWeightAttention(nn.Module):
             q, k = self.features(q, k)
             memory, normalizer = self._write(k, v, self._gates(key, padding))
             self._set_input_buffer(incremental_state, {_MEMORY: memory, _NORMALIZER: normalizer})
+        elif self._decodes_natively(query):
+            return native.read(q[:, :, 0], memory, normalizer, self.features.address_features())[:, :, None]
         else:
             (q,) = self.features(q)
 
@@ -276,7 +322,7 @@ class FastWeightAttention(nn.Module):
     ) -> Optional[IncrementalState]:
         """Let row i go on from what row ``new_order[i]`` has written so far."""
         buffer = self._get_input_buffer(incremental_state)
-        memory = buffer.get(_MEMORY)
+        memory, order = buffer.get(_MEMORY), buffer.get(_ORDER)
         if memory is None:
             return incremental_state
         if self.encoder_decoder_attention and self.beam_size > 1:
@@ -284,7 +330,13 @@ class FastWeightAttention(nn.Module):
             if memory.size(0) * self.beam_size == new_order.size(0):
                 return incremental_state
             new_order = new_order.view(-1, self.beam_size)[:, 0] // self.beam_size
-        reordered = {name: None if x is None else x.index_select(0, new_order) for name, x in buffer.items()}
+        if order is not None:
+            new_order = order.index_select(0, new_order)
+        reordered = {**buffer, _ORDER: new_order}
+        # The next step finds the memories where they are; there are not places for more rows than before.
+        if not self.causal or new_order.size(0) > memory.size(0):
+            memory, normalizer = _in_rows(reordered)
+            reordered = {_MEMORY: memory, _NORMALIZER: normalizer}
         return self._set_input_buffer(incremental_state, reordered)
 
     def _get_input_buffer(self, incremental_state: Optional[IncrementalState]) -> dict[str, Optional[Tensor]]:
@@ -298,3 +350,14 @@ class FastWeightAttention(nn.Module):
 
 def _cut(gates: Gates, where: "slice | int") -> Gates:
     return Gates(*(None if gate is None else gate[:, :, where] for gate in gates))
+
+
+def _in_rows(buffer: dict[str, Optional[Tensor]]) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    """Memory and normalizer of each row of the batch, from a buffer that says where they are."""
+    memory, normalizer, places, order = (buffer.get(name) for name in (_MEMORY, _NORMALIZER, _PLACES, _ORDER))
+    if order is not None and places is not None:
+        order = places.index_select(0, order)
+    where = places if order is None else order
+    if memory is None or where is None:
+        return memory, normalizer
+    return memory.index_select(0, where), None if normalizer is None else normalizer.index_select(0, where)

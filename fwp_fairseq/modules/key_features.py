@@ -14,6 +14,7 @@ from fwp_fairseq.ops import (
     l2_normalize,
     sum_normalize,
 )
+from fwp_fairseq.ops.native import AddressFeatures
 from fwp_fairseq.ops.numerics import state_dtype
 
 FEATURE_MAPS = ("elu", "favor", "dpfp", "tanh")
@@ -50,6 +51,10 @@ class KeyFeatures(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         projection = self._draw() if self.feature_map == "favor" else None
         return tuple(self._features(x, projection) for x in inputs)
+
+    def address_features(self) -> AddressFeatures:
+        """The same, in evaluation, for the compiled operators that map keys and queries themselves."""
+        return AddressFeatures(self.feature_map, self.nu, self.normalization, self.projection)
 
     def _draw(self) -> Tensor:
         assert self.projection is not None

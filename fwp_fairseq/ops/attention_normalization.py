@@ -41,7 +41,7 @@ def normalized_scan(
             q, k, _with_ones(v), *gates, initial_state=_join(initial_state, initial_normalizer), backend=backend
         )
         weighted, total = out[..., :-1], out[..., -1:]
-        return _ratio(weighted, total).to(v.dtype), state[..., :-1], state[..., -1:]
+        return _ratio(weighted, total).to(v.dtype), *_apart(state)
 
     ones, count = _counting(v, gates)
     total, normalizer = fast_weight_scan(q, k, ones, *count, initial_state=initial_normalizer, backend=backend)
@@ -66,7 +66,7 @@ def normalized_memory(
         state = fast_weight_memory(
             k, _with_ones(v), *gates, initial_state=_join(initial_state, initial_normalizer), backend=backend
         )
-        return state[..., :-1], state[..., -1:]
+        return _apart(state)
     ones, count = _counting(v, gates)
     erase = gates.erase * _inverse(_earlier_total(k, ones, count, initial_normalizer, backend)).squeeze(-1)
     state = fast_weight_memory(k, v, gates.write, erase, gates.decay, initial_state=initial_state, backend=backend)
@@ -132,6 +132,11 @@ def _join(state: Optional[Tensor], normalizer: Optional[Tensor]) -> Optional[Ten
     if state is None or normalizer is None:
         return None
     return torch.cat([state, normalizer], dim=-1)
+
+
+def _apart(joined: Tensor) -> tuple[Tensor, Tensor]:
+    # As tensors of their own: decoding updates each in place.
+    return joined[..., :-1].contiguous(), joined[..., -1:].contiguous()
 
 
 def _inverse(total: Tensor) -> Tensor:

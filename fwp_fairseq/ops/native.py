@@ -6,7 +6,7 @@ for another one is never loaded. Without a library everything works with the "ch
 
 import logging
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -83,7 +83,67 @@ def scan(
     return (None if q is None else out), state
 
 
+class AddressFeatures(NamedTuple):
+    """What maps projected keys and queries to the vectors that address a memory."""
+
+    feature_map: str
+    nu: int = 1
+    key_normalization: str = "none"
+    projection: Optional[Tensor] = None
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    strength: Optional[Tensor],
+    kept: Optional[Tensor],
+    padding: Optional[Tensor],
+    state: Tensor,
+    normalizer: Optional[Tensor],
+    order: Optional[Tensor],
+    places: Optional[Tensor],
+    features: AddressFeatures,
+    *,
+    erases: bool,
+    complement: bool,
+) -> tuple[Tensor, Optional[Tensor]]:
+    """One token of decoding for n hypotheses in one pass over their memories: features, gates, write, read, beam order.
+
+    q, k: (n, H, d_key) and v: (n, H, Dv), as projected; strength, kept: (n, H) or None, the write strength β and the
+    kept share α before their sigmoid; padding: (n), True where the memory stays as it is, or None. ``erases`` and
+    ``complement``: erase = β, decay = 1 − β.
+
+    ``state`` (S, H, Dk, Dv) and ``normalizer`` (S, H, Dk, 1) are updated in place. ``places`` (m) says where the m rows
+    of the last step have their memories (None: row i in place i), and ``order`` (n), n <= S, from which of them each
+    row goes on (None: each from its own). Siblings beyond the first go to places that nobody goes on from, so beam
+    search reads and writes each memory once and needs no second copy.
+
+    Returns what is read, (n, H, Dv) in v's type, and the new places (None: row i in place i). Inference only.
+    """
+    out, moved = torch.ops.fwp_fairseq.step.default(
+        q, k, v, strength, kept, padding, state, normalizer, order, places, *_arguments(features, state),
+        erases, complement,
+    )  # fmt: skip
+    return out, (None if order is None and places is None else moved)
+
+
+def read(q: Tensor, state: Tensor, normalizer: Optional[Tensor], features: AddressFeatures) -> Tensor:
+    """What n queries (n, H, d_key), as projected, read from finished memories (m, H, Dk, Dv) with z (m, H, Dk, 1).
+
+    Row i reads memory i // (n / m). Returns (n, H, Dv) in q's type. Inference only.
+    """
+    return torch.ops.fwp_fairseq.read.default(q, state, normalizer, *_arguments(features, state))
+
+
+def _arguments(features: AddressFeatures, state: Tensor) -> tuple[Optional[Tensor], str, int, str]:
+    feature_map, nu, key_normalization, projection = features
+    return None if projection is None else projection.to(state.dtype), feature_map, nu, key_normalization
+
+
 def _register() -> None:
+    torch.library.register_fake("fwp_fairseq::step", _step_shapes)
+    torch.library.register_fake("fwp_fairseq::read", lambda q, state, *_: q.new_empty(*q.shape[:2], state.size(3)))
     torch.library.register_fake("fwp_fairseq::scan", _scan_shapes)
     torch.library.register_fake("fwp_fairseq::scan_backward", _backward_shapes)
     torch.library.register_autograd("fwp_fairseq::scan", _backward, setup_context=_save)
@@ -106,6 +166,14 @@ def _scan_shapes(
     borders = (length + SEGMENT - 1) // SEGMENT - 1 if keep_borders else 0
     state = k.new_empty((batch, heads, d_k, v.size(3)), dtype=dtype)
     return out, state, k.new_empty((batch, heads, borders, d_k, v.size(3)), dtype=dtype)
+
+
+def _step_shapes(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    order, places = others[5:7]
+    moves = order is not None or places is not None
+    return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(
+        q.size(0) if moves else 0, dtype=torch.long
+    )
 
 
 def _backward_shapes(
