@@ -1,6 +1,7 @@
 """The compiled decoding operators: one token for every hypothesis, and reads of finished memories."""
 
 import itertools
+import unittest.mock
 
 import pytest
 import torch
