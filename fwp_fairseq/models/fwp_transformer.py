@@ -3,9 +3,11 @@
 Everything but the attention modules is fairseq's: this file only says which options there are, and hooks the layers in.
 """
 
+from contextlib import ExitStack
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from typing import Any, Optional, cast
 
+import torch
 from fairseq.dataclass import ChoiceEnum
 from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_architecture
 from fairseq.models.transformer import (
@@ -15,9 +17,10 @@ from fairseq.models.transformer import (
     TransformerModelBase,
 )
 from fairseq.models.transformer import transformer_legacy as fairseq_architectures
-from torch import nn
+from torch import Tensor, nn
 
-from fwp_fairseq.modules import FastWeightConfig, FastWeightDecoderLayer, FastWeightEncoderLayer
+from fwp_fairseq.modules import FastWeightAttention, FastWeightConfig, FastWeightDecoderLayer, FastWeightEncoderLayer
+from fwp_fairseq.modules.fast_weight_attention import IncrementalState
 from fwp_fairseq.modules.fast_weight_config import ATTENTION_KINDS
 from fwp_fairseq.modules.fast_weight_layers import (
     CROSS_ATTENTION,
@@ -26,6 +29,9 @@ from fwp_fairseq.modules.fast_weight_layers import (
     PLACES,
     wrap_layer,
 )
+
+# Name in the incremental state of what the decoder has read ahead.
+_AHEAD = "read_ahead"
 
 AttentionKind = ChoiceEnum(list(ATTENTION_KINDS))
 
@@ -108,10 +114,55 @@ class FWPTransformerEncoder(TransformerEncoderBase):
 
 
 class FWPTransformerDecoder(TransformerDecoderBase):
-    """fairseq's Transformer decoder with FastWeightDecoderLayer."""
+    """fairseq's Transformer decoder with FastWeightDecoderLayer.
+
+    ``prefix``, (sentences, P), are words that every output is known to begin with, or None. Incremental decoding then
+    reads them in parallel in its first step, and answers the following ones with what it has.
+    """
+
+    prefix: Optional[Tensor] = None
 
     def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
         return wrap_layer(FastWeightDecoderLayer(cfg, no_encoder_attn), cfg)
+
+    def forward(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: Any = None,
+        incremental_state: Optional[IncrementalState] = None,
+        **kwargs: Any,
+    ) -> Any:
+        position = prev_output_tokens.size(1) - 1
+        if incremental_state is None or self.prefix is None or position >= self.prefix.size(1):
+            return super().forward(prev_output_tokens, encoder_out, incremental_state, **kwargs)
+        if position == 0:
+            rows = prev_output_tokens.size(0) // self.prefix.size(0)
+            prefix = self.prefix[:, :-1].repeat_interleave(rows, dim=0)
+            self._read_ahead(torch.cat([prev_output_tokens, prefix], dim=1), encoder_out, incremental_state)
+        ahead = self.get_incremental_state(incremental_state, _AHEAD)
+        here = slice(position, position + 1)
+        attn = None if ahead["attn"] is None else ahead["attn"][:, here]
+        return self.output_layer(ahead["features"][:, here]), {"attn": [attn], "inner_states": None}
+
+    def _read_ahead(self, tokens: Tensor, encoder_out: Any, incremental_state: IncrementalState) -> None:
+        with ExitStack() as stack:
+            for layer in self.layers:
+                stack.enter_context(layer.self_attn.keep_memory_in(incremental_state))
+            features, extra = self.extract_features(tokens, encoder_out)
+        self.set_incremental_state(incremental_state, _AHEAD, {"features": features, "attn": extra["attn"][0]})
+
+    def can_read_ahead(self) -> bool:
+        """Whether all that decoding keeps of earlier tokens are fast weights."""
+        return not self.cross_self_attention and all(
+            isinstance(layer.self_attn, FastWeightAttention) for layer in self.layers
+        )
+
+    def reorder_incremental_state(self, incremental_state: IncrementalState, new_order: Tensor) -> None:
+        """fairseq calls this of every module in the decoder: here for what was read ahead."""
+        ahead = self.get_incremental_state(incremental_state, _AHEAD)
+        if ahead is not None:
+            reordered = {name: None if x is None else x.index_select(0, new_order) for name, x in ahead.items()}
+            self.set_incremental_state(incremental_state, _AHEAD, reordered)
 
 
 @register_model("fwp_transformer", dataclass=FWPTransformerConfig)

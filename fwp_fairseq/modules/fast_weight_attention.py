@@ -1,7 +1,8 @@
 """Multi-head attention whose memory is a fast-weight matrix, behind the interface of fairseq's MultiheadAttention."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
@@ -90,6 +91,7 @@ class FastWeightAttention(nn.Module):
         self.backend = str(config.fast_weight_backend)
         self.attention_normalization = config.attention_normalization
         self.beam_size = 1
+        self._memory_goes_to: Optional[IncrementalState] = None
 
         def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
             return quant_noise(nn.Linear(inputs, outputs, bias=bias), q_noise, qn_block_size)
@@ -202,7 +204,8 @@ class FastWeightAttention(nn.Module):
             read, memory = fast_weight_scan(
                 q, k, v, *gates, initial_state=memory, backend=self.backend, max_norm=self.rule.max_norm
             )
-        self._set_input_buffer(incremental_state, {_MEMORY: memory, _NORMALIZER: normalizer})
+        kept_in = self._memory_goes_to if incremental_state is None else incremental_state
+        self._set_input_buffer(kept_in, {_MEMORY: memory, _NORMALIZER: normalizer})
         return read
 
     def _decodes_natively(self, query: Tensor) -> bool:
@@ -312,6 +315,15 @@ class FastWeightAttention(nn.Module):
     def _split_heads(self, *projected: Tensor) -> tuple[Tensor, ...]:
         """(T, B, embed_dim) -> (B, H, T, head_dim)."""
         return tuple(x.unflatten(-1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3) for x in projected)
+
+    @contextmanager
+    def keep_memory_in(self, incremental_state: IncrementalState) -> Iterator[None]:
+        """Within this context a parallel pass over many tokens leaves its memory for decoding to go on from."""
+        self._memory_goes_to = incremental_state
+        try:
+            yield
+        finally:
+            self._memory_goes_to = None
 
     def set_beam_size(self, beam_size: int) -> None:
         """fairseq's generator says how many hypotheses of a sentence are rows of the batch."""

@@ -103,7 +103,7 @@ say "model: $output/$folder"
 continuation=$(
     printf '%s\n' "${prompt//[$'\n\r']/ }" |
         quietly "$folder/continue.log" fairseq interactive "$folder" "${basics[@]}" \
-            --path "$folder/checkpoint_best.pt" --task language_modeling \
+            --path "$folder/checkpoint_best.pt" --task fwp_language_modeling \
             --bpe sentencepiece --sentencepiece-model "$folder/spm.model" --beam 1 --nbest 1 --sampling \
             --sampling-topk 10 --temperature 0.8 --seed "$seed" \
             --min-len "$((length / 2))" --max-len-a 1 --max-len-b "$length" |

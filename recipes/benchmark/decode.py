@@ -1,0 +1,310 @@
+#!/usr/bin/env python3
+"""Time fairseq-generate, token by token: a table, decode.csv and decode.png.
+
+Translation models of base width (512, feed-forward 2,048, 8 heads, 6 + 6 layers) and a language model of the paper's
+medium shape (width 256, feed-forward 4,096, 8 heads, 16 layers), with random weights and a vocabulary of 10,000 words,
+write outputs of a fixed length (--min-len). Softmax is fairseq's own transformer and transformer_lm. Each run is
+fairseq-generate in a process of its own; a token's time is that from one call of the decoder to the next, search
+included. The state is what the decoder carries from token to token, cross-attention apart, for each hypothesis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+WORDS = 10_000
+SOURCE_LENGTH = 25
+POSITIONS = 9000
+
+LM_SIZE = "--decoder-layers 16 --decoder-embed-dim 256 --decoder-input-dim 256 --decoder-output-dim 256 "
+LM_SIZE += "--decoder-ffn-embed-dim 4096 --decoder-attention-heads 8"
+FAST = "--feature-map dpfp --dpfp-nu 1 --update-rule delta"
+EVERYWHERE = "--encoder-self-attention fast-weight --decoder-self-attention fast-weight --cross-attention fast-weight"
+MODELS = {
+    "softmax": "--arch transformer",
+    "decoder": f"--arch fwp_transformer --decoder-self-attention fast-weight {FAST}",
+    "all places": f"--arch fwp_transformer {EVERYWHERE} {FAST}",
+    "lm softmax": f"--arch transformer_lm {LM_SIZE}",
+    "lm delta": f"--arch fwp_transformer_lm {LM_SIZE} {FAST}",
+    "lm sum": f"--arch fwp_transformer_lm {LM_SIZE} --feature-map elu --update-rule sum",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of fairseq-generate."""
+
+    model: str
+    beam: int
+    sentences: int
+    length: int
+
+
+# Long outputs with fewer sentences; softmax at 4,096 tokens takes ten minutes as it is.
+RUNS = [
+    Run(model, beam, sentences, length)
+    for length, batches in ((64, (1, 16)), (256, (1, 16)), (1024, (1, 4)), (4096, (1,)))
+    for sentences in batches
+    for beam in (1, 5)
+    for model in ("softmax", "decoder", "all places")
+] + [Run(model, 1, 1, 8192) for model in ("lm softmax", "lm delta", "lm sum")]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. Times are milliseconds for a step, which is one token of every hypothesis."""
+
+    model: str
+    beam: int
+    sentences: int
+    length: int
+    tokens_per_second: float
+    first_tenth_ms: float
+    last_tenth_ms: float
+    state_bytes: int
+    peak_mib: float
+
+
+def make_data(folder: Path) -> None:
+    """Binarise sentences of random words, for translation and for language models."""
+    generator = random.Random(1)
+    words = [f"w{i}" for i in range(WORDS - 4)]  # the dictionary has four symbols of its own
+    for split, lines in ("train", None), ("test", 16):
+        chunks = (
+            [words[i : i + SOURCE_LENGTH] for i in range(0, len(words), SOURCE_LENGTH)]
+            if lines is None
+            else [generator.choices(words, k=SOURCE_LENGTH) for _ in range(lines)]
+        )
+        for language in "ab":
+            (folder / f"{split}.{language}").write_text("".join(" ".join(chunk) + "\n" for chunk in chunks))
+    # A language model goes on from a prompt of one word.
+    (folder / "test.lm").write_text(words[0] + "\n")
+    preprocess = [sys.executable, "-m", "fairseq_cli.preprocess", "--workers", "1", "--trainpref"]
+    quiet: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    pair = [f"{folder}/train", "--testpref", f"{folder}/test", "-s", "a", "-t", "b", "--joined-dictionary"]
+    subprocess.run([*preprocess, *pair, "--destdir", f"{folder}/pair"], **quiet)
+    text = [f"{folder}/train.a", "--testpref", f"{folder}/test.lm", "--only-source"]
+    subprocess.run([*preprocess, *text, "--destdir", f"{folder}/text"], **quiet)
+
+
+def is_lm(model: str) -> bool:
+    return model.startswith("lm ")
+
+
+def save_model(folder: Path, model: str) -> Path:
+    """A checkpoint with random weights, as fairseq-train would write it."""
+    import torch
+    from fairseq import checkpoint_utils, options, tasks
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    import fwp_fairseq.models  # noqa: F401  (registers the architectures)
+
+    path = folder / f"{model.replace(' ', '-')}.pt"
+    if path.exists():
+        return path
+    task = f"--task language_modeling --tokens-per-sample {POSITIONS}" if is_lm(model) else "--task translation"
+    data = folder / ("text" if is_lm(model) else "pair")
+    flags = f"{data} {task} {MODELS[model]} --max-target-positions {POSITIONS} --optimizer adam"
+    flags += "" if is_lm(model) else " --share-all-embeddings --max-source-positions 1024"
+    parser = options.get_training_parser()
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, flags.split()))
+    torch.manual_seed(1)
+    built = tasks.setup_task(cfg.task).build_model(cfg.model)
+    checkpoint_utils.torch_persistent_save(
+        {"args": None, "cfg": cfg, "model": built.state_dict(), "optimizer_history": [], "extra_state": {}}, path
+    )
+    return path
+
+
+def generate(folder: Path, run: Run) -> Row:
+    """Run fairseq-generate in this process and look at the clock at every call of the decoder."""
+    from fairseq import sequence_generator
+    from fairseq_cli import generate as command
+
+    clock: list[float] = []
+    state: dict[str, int] = {}
+    ensemble: Any = sequence_generator.EnsembleModel
+    plain = ensemble.forward_decoder
+
+    def forward_decoder(self: Any, tokens: Any, encoder_outs: Any, incremental_states: Any, *rest: Any) -> Any:
+        clock.append(time.perf_counter())
+        result = plain(self, tokens, encoder_outs, incremental_states, *rest)
+        if tokens.size(1) == run.length:
+            state["bytes"] = bytes_of_state(self.models[0], incremental_states[0]) // tokens.size(0)
+        return result
+
+    ensemble.forward_decoder = forward_decoder
+    checkpoint = save_model(folder, run.model)
+    data = folder / ("text" if is_lm(run.model) else "pair")
+    task = ["--task", "language_modeling", "--sample-break-mode", "eos"] if is_lm(run.model) else []
+    limits = ["--min-len", run.length, "--max-len-a", 0, "--max-len-b", run.length]
+    size = ["--beam", run.beam, "--batch-size", run.sentences, "--max-tokens", 100000]
+    sys.argv = ["fairseq-generate", str(data), "--path", str(checkpoint), *task]
+    sys.argv += [str(x) for x in [*limits, *size, "--gen-subset", "test", "--cpu", "--required-batch-size-multiple", 1]]
+    sys.argv += ["--num-workers", "0", "--results-path", str(folder / "results")]
+    if run.sentences < 16 and not is_lm(run.model):
+        sys.argv += ["--max-valid-steps", "1"]
+    command.cli_main()
+    steps = [(b - a) * 1e3 for a, b in zip(clock, clock[1:])][: run.length - 1]
+    tenth = max(1, len(steps) // 10)
+    # The first steps fill caches.
+    first, last = statistics.median(steps[2 : tenth + 2]), statistics.median(steps[-tenth:])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    speed = 1e3 * run.sentences * len(steps) / sum(steps)
+    return Row(run.model, run.beam, run.sentences, run.length, speed, first, last, state["bytes"], peak)
+
+
+def bytes_of_state(model: Any, incremental_state: dict[str, dict[str, Any]]) -> int:
+    """What the decoder's self-attention keeps, in bytes."""
+    found = 0
+    for layer in model.decoder.layers:
+        for name, tensors in incremental_state.items():
+            if name.startswith(layer.self_attn._incremental_state_id):
+                found += sum(
+                    x.numel() * x.element_size() for x in tensors.values() if x is not None and x.is_floating_point()
+                )
+    return found
+
+
+def in_a_process_of_its_own(folder: Path, run: Run) -> Row:
+    log = folder / "run.json"
+    command = [sys.executable, __file__, "--output", str(folder), "--worker", json.dumps(vars(run))]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise SystemExit(f"decode.py: fairseq-generate failed:\n{result.stderr[-3000:]}")
+    return Row(**json.loads(log.read_text()))
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    temporary = path.with_suffix(".csv.new")
+    with temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([f.name for f in fields(Row)])
+        writer.writerows([f"{x:.4g}" if isinstance(x, float) else x for x in vars(row).values()] for row in rows)
+    os.replace(temporary, path)
+
+
+def read_csv(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        kinds = {"model": str, "beam": int, "sentences": int, "length": int, "state_bytes": int}
+        return [Row(**{k: kinds.get(k, float)(v) for k, v in line.items()}) for line in csv.DictReader(file)]
+
+
+def format_row(row: Row) -> str:
+    return (
+        f"  {row.model:<12} beam {row.beam}  sentences {row.sentences:>2}  length {row.length:>4}  "
+        f"{row.tokens_per_second:8.1f} tokens/s   step {row.first_tenth_ms:7.2f} ms in the first tenth, "
+        f"{row.last_tenth_ms:7.2f} ms in the last   state {row.state_bytes:>10,} bytes   peak {row.peak_mib:6.0f} MiB"
+    )
+
+
+def claims(rows: list[Row]) -> list[str]:
+    """How fast weights compare with softmax, from what was measured."""
+    softmax = {(r.beam, r.sentences, r.length): r for r in rows if r.model in ("softmax", "lm softmax")}
+    found = []
+    for row in rows:
+        other = softmax.get((row.beam, row.sentences, row.length))
+        if other is not None and "softmax" not in row.model:
+            found.append(
+                f"{row.model}, beam {row.beam}, {row.sentences} sentences, length {row.length}: "
+                f"{row.tokens_per_second / other.tokens_per_second:.2f} x softmax; "
+                f"last / first tenth {row.last_tenth_ms / row.first_tenth_ms:.3f}"
+            )
+    return found
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Speed and state against the length of the output, for beams of five and a single sentence."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("without the plot: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for model, label in (
+        ("softmax", "softmax"),
+        ("decoder", "fast weights, decoder"),
+        ("all places", "fast weights, all places"),
+    ):
+        line = sorted((r for r in rows if (r.model, r.beam, r.sentences) == (model, 5, 1)), key=lambda r: r.length)
+        if line:
+            lengths = [r.length for r in line]
+            left.loglog(lengths, [r.tokens_per_second for r in line], marker="o", markersize=3, label=label)
+            right.loglog(lengths, [r.state_bytes / 2**20 for r in line], marker="o", markersize=3, label=label)
+    for axes, label in (left, "tokens / s"), (right, "state of a hypothesis, MiB"):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([64, 256, 1024, 4096], ["64", "256", "1024", "4096"])
+        axes.set_xlabel("tokens written, beam 5")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3, which="both")
+    left.legend(fontsize=8)
+    temporary = path.with_suffix(".new.png")
+    figure.savefig(temporary, dpi=150)
+    os.replace(temporary, path)
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder for the CSV file and the plot"
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="L", help="only these output lengths")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), metavar="NAME", help="only these models")
+    parser.add_argument("--beams", type=int, nargs="+", metavar="K", help="only these beam sizes")
+    parser.add_argument("--sentences", type=int, nargs="+", metavar="N", help="only these batch sizes")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        row = generate(options.output, Run(**json.loads(options.worker)))
+        (options.output / "run.json").write_text(json.dumps(vars(row)))
+        return 0
+    wanted = [
+        run
+        for run in RUNS
+        if (not options.lengths or run.length in options.lengths)
+        and (not options.models or run.model in options.models)
+        and (not options.beams or run.beam in options.beams)
+        and (not options.sentences or run.sentences in options.sentences)
+    ]
+    if not wanted:
+        parser.error("nothing is left to run: see RUNS in this file for what there is")
+    options.output.mkdir(parents=True, exist_ok=True)
+    table = options.output / "decode.csv"
+    rows = read_csv(table)
+    done = {(r.model, r.beam, r.sentences, r.length) for r in rows}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_data(folder)
+        for run in wanted:
+            # A run that is in the table is not done again: remove the file to start anew.
+            if tuple(vars(run).values()) not in done:
+                rows.append(in_a_process_of_its_own(folder, run))
+                write_csv(rows, table)
+                print(format_row(rows[-1]), flush=True)
+    print()
+    print("\n".join(claims(rows)))
+    plot(rows, options.output / "decode.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

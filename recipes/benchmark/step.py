@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""Time the decoding step alone, against copying its memories: a table and step.csv.
+
+A step reads and writes the memories of all hypotheses once. A copy of as many numbers from one buffer to another reads
+and writes as much. Both have their turn in each repetition; the figure is the median. The smallest shape shows what a
+call costs beside its work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fwp_fairseq.ops import native
+
+# Hypotheses of 8 heads with Dk = 128 (DPFP-1 of 64) and Dv = 64: 256 KiB each.
+ROWS = [1, 5, 20, 80, 400, 2000, 8000]
+HEADS, D_KEY, D_V = 8, 64, 64
+
+
+def clock(function: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
+def make_step(rows: int, heads: int, d_key: int, d_v: int, reorder: bool) -> tuple[Callable[[], object], torch.Tensor]:
+    """A call of the step with the delta rule and DPFP-1, and the memories that it works on."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(rows, heads, d, generator=generator) for d in (d_key, d_key, d_v))
+    strength = torch.randn(rows, heads, generator=generator)
+    state = torch.zeros(rows, heads, 2 * d_key, d_v)
+    features = native.AddressFeatures("dpfp", 1, "sum")
+    order = torch.randint(rows, (rows,), generator=generator) if reorder else None
+    places: torch.Tensor | None = None
+
+    def step() -> None:
+        nonlocal places
+        _, places = native.step(
+            q, k, v, strength, None, None, state, None, order, places, features, erases=True, complement=False
+        )
+
+    return step, state
+
+
+def format_row(row: dict[str, Any]) -> str:
+    return (
+        f"  {row['hypotheses']:>5} hypotheses, {row['state_mib']:7.1f} MiB, order {row['order']:<4}  "
+        f"step {row['step_us']:9.1f} us  copy {row['copy_us']:9.1f} us  {row['gb_per_s']:6.1f} GB/s, "
+        f"{row['percent_of_copy']:5.1f} % of copying"
+    )
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the CSV file")
+    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="repetitions, at least 3 (%(default)s)")
+    options = parser.parse_args()
+    if options.repeats < 3:
+        parser.error(f"--repeats is {options.repeats}, it must be at least 3")
+    if native.unavailable is not None:
+        print(f"step.py: no compiled operators: {native.unavailable}", file=sys.stderr)
+        return 1
+    torch.set_grad_enabled(False)
+    threads, vectors = torch.get_num_threads(), torch.ops.fwp_fairseq.instruction_set()
+    print(f"torch {torch.__version__}, {threads} threads, native kernels: {vectors}")
+    small, _ = make_step(1, 1, 1, 1, False)
+    clock(small, 1000)
+    overhead = statistics.median(clock(small, 1000) for _ in range(options.repeats)) * 1e6
+    print(f"a call of 1 x 1 x 2 x 1: {overhead:.1f} us")
+    rows: list[dict[str, Any]] = []
+    for count in ROWS:
+        for reorder in (False, True):
+            step, state = make_step(count, HEADS, D_KEY, D_V, reorder)
+            mebibytes = state.numel() * 4 / 2**20
+            buffer = torch.zeros(2, state.numel())
+            calls = max(1, int(200 / mebibytes))
+            times: tuple[list[float], list[float]] = ([], [])
+            for repetition in range(options.repeats + 1):
+                seconds = clock(step, calls), clock(lambda: buffer[0].copy_(buffer[1]), calls)  # noqa: B023
+                if repetition:  # the first one warms up
+                    for found, second in zip(times, seconds):
+                        found.append(second)
+            step_s, copy_s = (statistics.median(found) for found in times)
+            rows.append(
+                {
+                    "hypotheses": count,
+                    "order": "any" if reorder else "kept",
+                    "state_mib": mebibytes,
+                    "step_us": round(step_s * 1e6, 1),
+                    "copy_us": round(copy_s * 1e6, 1),
+                    "gb_per_s": round(2 * state.numel() * 4 / step_s / 1e9, 1),
+                    "percent_of_copy": round(100 * copy_s / step_s, 1),
+                }
+            )
+            print(format_row(rows[-1]), flush=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    temporary = options.output / "step.csv.new"
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, options.output / "step.csv")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
