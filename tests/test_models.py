@@ -23,6 +23,7 @@ from tiny_models import (
 )
 
 from fwp_fairseq.modules import FastWeightAttention
+from fwp_fairseq.modules.few_rows_linear import FewRowsLinear
 
 ALL = places("fast-weight")
 
@@ -378,3 +379,34 @@ def test_every_option_is_known_to_argparse_and_to_hydra_with_help():
         for name in {*common.split(), *special}:
             assert name in node
             assert flags[name].help and flags[name].option_strings == ["--" + name.replace("_", "-")]
+
+
+@pytest.mark.parametrize("rows", [(1,), (5,), (2, 3), (1, 200), (0,)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_linear_layers_for_few_rows_are_linear_layers(rows, bias, dtype):
+    torch.manual_seed(1)
+    plain = torch.nn.Linear(7, 9, bias=bias, dtype=dtype)
+    ours = FewRowsLinear(7, 9, bias=bias, dtype=dtype)
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(*rows, 7, dtype=dtype)
+    torch.testing.assert_close(ours(x), plain(x), rtol=0, atol=0)  # with gradients it is nn.Linear itself
+    with torch.no_grad():
+        found = ours(x)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, plain(x))
+
+
+@pytest.mark.parametrize("build", [build_translation, build_lm])
+def test_decoders_prepared_for_inference_give_the_same_scores(build):
+    model = build().eval()
+    # The encoder is not part of a step.
+    assert isinstance(model.decoder.output_projection, torch.nn.Linear)
+    names = list(model.state_dict())
+    batch = translation_batch(model) if build is build_translation else {"src_tokens": tokens(model, 3, 6)}
+    with torch.no_grad():
+        expected = model(**batch)[0]
+        model.prepare_for_inference_(argparse.Namespace(generation=argparse.Namespace(beam=5)))
+        assert type(model.decoder.output_projection) is FewRowsLinear
+        torch.testing.assert_close(model(**batch)[0], expected)
+    assert list(model.state_dict()) == names

@@ -29,6 +29,7 @@ from fwp_fairseq.modules.fast_weight_layers import (
     PLACES,
     wrap_layer,
 )
+from fwp_fairseq.modules.few_rows_linear import use_few_rows_linear
 
 # Name in the incremental state of what the decoder has read ahead.
 _AHEAD = "read_ahead"
@@ -180,6 +181,10 @@ class FWPTransformerModel(TransformerModelBase):
         cfg = TransformerConfig.from_namespace(args)
         attach_fast_weights(cfg, args)
         return super().build_model(cfg, task)
+
+    def prepare_for_inference_(self, cfg: Any) -> None:
+        super().prepare_for_inference_(cfg)
+        use_few_rows_linear(self.decoder)
 
     @classmethod
     def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Module) -> FWPTransformerEncoder:

@@ -109,6 +109,7 @@ def save_model(folder: Path, model: str) -> Path:
     import torch
     from fairseq import checkpoint_utils, options, tasks
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+    from omegaconf import OmegaConf
 
     import fwp_fairseq.models  # noqa: F401  (registers the architectures)
 
@@ -123,9 +124,14 @@ def save_model(folder: Path, model: str) -> Path:
     cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, flags.split()))
     torch.manual_seed(1)
     built = tasks.setup_task(cfg.task).build_model(cfg.model)
-    checkpoint_utils.torch_persistent_save(
-        {"args": None, "cfg": cfg, "model": built.state_dict(), "optimizer_history": [], "extra_state": {}}, path
-    )
+    state = {
+        "args": None,
+        "cfg": OmegaConf.to_container(cfg, resolve=True),
+        "model": built.state_dict(),
+        "optimizer_history": [{"optimizer_name": "none", "lr_scheduler_state": {}, "num_updates": 0}],
+        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+    }
+    checkpoint_utils.torch_persistent_save(state, str(path))
     return path
 
 

@@ -30,6 +30,8 @@ from fwp_fairseq.ops import fast_weight_scan, native
 
 CHUNK = 16  # kChunk of the native kernels
 
+LOOP_REPEATS = 3  # of token loops, which would otherwise take most of the time of the run
+
 # Read-outs of (q, k, v, beta, decay).
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -187,13 +189,14 @@ def measure(shape: Shape, repeats: int, loop: bool) -> list[Row]:
     # Token loops have turns of their own: what thousands of small tensors leave behind slows the others down.
     for are_loops in (False, True):
         group = [i for i, (_, name, _) in enumerate(timed) if ("loop" in name) == are_loops]
-        for repetition in range(repeats + 1):
+        for repetition in range(1 + (LOOP_REPEATS if are_loops else repeats)):
             for _ in range(0 if are_loops else 3):
                 sgemm.append(clock(lambda: square @ square))
             for i in group:
                 function = timed[i][2]
                 # Each follows itself, so that none has to bring back what another drove out of the caches.
-                forward_only(function)
+                if not are_loops:
+                    forward_only(function)
                 forward_s = clock(lambda function=function: forward_only(function))  # type: ignore[misc]
                 both_s = clock(lambda function=function: both(function))  # type: ignore[misc]
                 if repetition:  # the first one warms up
@@ -245,6 +248,12 @@ def claims(rows: list[Row]) -> Iterator[str]:
         what = f"delta, native / best plain torch chunks ({best})"
         yield from ratio((first, "delta", "native"), (first, "delta", best), what)
     yield from ratio((first, "delta", "native"), (first, "sum", "native"), "delta / sum, native")
+    last = str(sweep_shape(LENGTHS[-1]))
+    for rule in ("sum", "delta"):
+        small, large = at.get((last, rule, "native")), at.get((last, rule, "loop"))
+        if small and large and small.peak_mib and large.peak_mib:
+            ratio_of_peaks = small.peak_mib / large.peak_mib
+            yield f"{rule}, peak memory at L = {LENGTHS[-1]}, native / token loop: {ratio_of_peaks:.3f}"
     for rule in ("sum", "delta"):
         by_length = {r.length: r for r in rows if r.rule == rule and r.implementation == "native" and is_sweep(r)}
         if 512 in by_length and LENGTHS[-1] in by_length:
@@ -297,6 +306,15 @@ def plot(rows: list[Row], path: Path) -> None:
     os.replace(temporary, path)
 
 
+def write_csv(rows: list[Row], path: Path) -> None:
+    temporary = path.with_suffix(".csv.new")
+    with temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Row._fields)
+        writer.writerows([f"{x:.4g}" if isinstance(x, float) else x for x in row] for row in rows)
+    os.replace(temporary, path)
+
+
 def main() -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -315,25 +333,19 @@ def main() -> int:
         return 1
     threads, vectors = torch.get_num_threads(), torch.ops.fwp_fairseq.instruction_set()
     print(f"torch {torch.__version__}, {threads} threads, native kernels: {vectors}")
+    # The token loop keeps a memory per token: tens of gigabytes for the large ones of DPFP-2. It runs at the first and
+    # the last length of the sweep only.
+    shapes = [(shape, shape.d_k == shape.d_v) for shape in (SHAPES[:1] if options.only == "first" else SHAPES)]
+    sweep = [(sweep_shape(length), length in (LENGTHS[0], LENGTHS[-1])) for length in LENGTHS]
+    wanted = {None: shapes + sweep, "shapes": shapes, "first": shapes, "lengths": sweep}[options.only]
+    options.output.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    if options.only != "lengths":
-        for shape in SHAPES[:1] if options.only == "first" else SHAPES:
-            # The token loop keeps a memory per token: tens of gigabytes for the large ones of DPFP-2.
-            rows += measure(shape, options.repeats, loop=shape.d_k == shape.d_v)
-    if options.only in (None, "lengths"):
-        # The token loop at every length would take most of the time of the run.
-        for length in LENGTHS:
-            rows += measure(sweep_shape(length), options.repeats, loop=length in (LENGTHS[0], LENGTHS[-1]))
+    for shape, loop in wanted:
+        rows += measure(shape, options.repeats, loop)
+        write_csv(rows, options.output / "operators.csv")
     print()
     for claim in claims(rows):
         print(claim)
-    options.output.mkdir(parents=True, exist_ok=True)
-    temporary = options.output / "operators.csv.new"
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows([f"{x:.4g}" if isinstance(x, float) else x for x in row] for row in rows)
-    os.replace(temporary, options.output / "operators.csv")
     if options.only in (None, "lengths"):
         plot(rows, options.output / "operators.png")
     return 0

@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Time the decoding step alone, against copying its memories: a table and step.csv.
+"""Time the decoding step alone, against copying its memories, and linear layers: tables, step.csv and linear.csv.
 
 A step reads and writes the memories of all hypotheses once. A copy of as many numbers from one buffer to another reads
 and writes as much. Both have their turn in each repetition; the figure is the median. The smallest shape shows what a
 call costs beside its work.
+
+Linear layers are those of a model of base width, nn.Linear and the form that models of this package decode with; the
+weights of twelve layers take turns, so that they come from memory as in decoding.
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ from typing import Any
 
 import torch
 
+from fwp_fairseq.modules.few_rows_linear import FewRowsLinear
 from fwp_fairseq.ops import native
 
 # Hypotheses of 8 heads with Dk = 128 (DPFP-1 of 64) and Dv = 64: 256 KiB each.
 ROWS = [1, 5, 20, 80, 400, 2000, 8000]
 HEADS, D_KEY, D_V = 8, 64, 64
+# Inputs and outputs of projections, of the feed-forward network, and of the output layer.
+LINEAR = [(512, 512), (512, 2048), (2048, 512), (512, 10_000)]
 
 
 def clock(function: Callable[[], object], calls: int) -> float:
@@ -106,13 +112,50 @@ def main() -> int:
             )
             print(format_row(rows[-1]), flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
-    temporary = options.output / "step.csv.new"
+    write_csv(rows, options.output / "step.csv")
+    write_csv(time_linear(options.repeats), options.output / "linear.csv")
+    return 0
+
+
+def time_linear(repeats: int) -> list[dict[str, Any]]:
+    """nn.Linear and FewRowsLinear with one row for each hypothesis of a beam, and of 16 sentences."""
+    rows = []
+    for count in (1, 5, 80):
+        for inputs, outputs in LINEAR:
+            x = torch.randn(1, count, inputs)
+            layers = [[kind(inputs, outputs) for _ in range(12)] for kind in (torch.nn.Linear, FewRowsLinear)]
+            times: tuple[list[float], list[float]] = ([], [])
+            for repetition in range(repeats + 1):
+                for found, group in zip(times, layers):
+                    second = clock(lambda: [layer(x) for layer in group], 1) / len(group)  # noqa: B023
+                    if repetition:
+                        found.append(second)
+            plain, ours = (statistics.median(found) * 1e6 for found in times)
+            rows.append(
+                {
+                    "rows": count,
+                    "inputs": inputs,
+                    "outputs": outputs,
+                    "linear_us": round(plain, 1),
+                    "few_rows_linear_us": round(ours, 1),
+                    "gb_per_s": round(4 * inputs * outputs / ours / 1e3, 1),
+                }
+            )
+            print(
+                f"  linear, {count:>2} rows, {inputs:>4} -> {outputs:>5}: nn.Linear {plain:7.0f} us, "
+                f"FewRowsLinear {ours:7.0f} us, {rows[-1]['gb_per_s']:5.1f} GB/s of weights",
+                flush=True,
+            )
+    return rows
+
+
+def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    temporary = path.with_suffix(".csv.new")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, options.output / "step.csv")
-    return 0
+    os.replace(temporary, path)
 
 
 if __name__ == "__main__":
