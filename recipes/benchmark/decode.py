@@ -28,6 +28,8 @@ from typing import Any
 WORDS = 10_000
 SOURCE_LENGTH = 25
 POSITIONS = 9000
+# Sentences of a batch, and what fairseq-preprocess calls the test set that has as many.
+SUBSETS = {16: "test", 4: "test1", 1: "test2"}
 
 LM_SIZE = "--decoder-layers 16 --decoder-embed-dim 256 --decoder-input-dim 256 --decoder-output-dim 256 "
 LM_SIZE += "--decoder-ffn-embed-dim 4096 --decoder-attention-heads 8"
@@ -82,7 +84,7 @@ def make_data(folder: Path) -> None:
     """Binarise sentences of random words, for translation and for language models."""
     generator = random.Random(1)
     words = [f"w{i}" for i in range(WORDS - 4)]  # the dictionary has four symbols of its own
-    for split, lines in ("train", None), ("test", 16):
+    for split, lines in ("train", None), *((f"test{count}", count) for count in SUBSETS):
         chunks = (
             [words[i : i + SOURCE_LENGTH] for i in range(0, len(words), SOURCE_LENGTH)]
             if lines is None
@@ -94,7 +96,8 @@ def make_data(folder: Path) -> None:
     (folder / "test.lm").write_text(words[0] + "\n")
     preprocess = [sys.executable, "-m", "fairseq_cli.preprocess", "--workers", "1", "--trainpref"]
     quiet: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    pair = [f"{folder}/train", "--testpref", f"{folder}/test", "-s", "a", "-t", "b", "--joined-dictionary"]
+    tests = ",".join(f"{folder}/test{count}" for count in SUBSETS)
+    pair = [f"{folder}/train", "--testpref", tests, "-s", "a", "-t", "b", "--joined-dictionary"]
     subprocess.run([*preprocess, *pair, "--destdir", f"{folder}/pair"], **quiet)
     text = [f"{folder}/train.a", "--testpref", f"{folder}/test.lm", "--only-source"]
     subprocess.run([*preprocess, *text, "--destdir", f"{folder}/text"], **quiet)
@@ -159,10 +162,9 @@ def generate(folder: Path, run: Run) -> Row:
     limits = ["--min-len", run.length, "--max-len-a", 0, "--max-len-b", run.length]
     size = ["--beam", run.beam, "--batch-size", run.sentences, "--max-tokens", 100000]
     sys.argv = ["fairseq-generate", str(data), "--path", str(checkpoint), *task]
-    sys.argv += [str(x) for x in [*limits, *size, "--gen-subset", "test", "--cpu", "--required-batch-size-multiple", 1]]
+    subset = "test" if is_lm(run.model) else SUBSETS[run.sentences]
+    sys.argv += [str(x) for x in [*limits, *size, "--gen-subset", subset, "--cpu", "--required-batch-size-multiple", 1]]
     sys.argv += ["--num-workers", "0", "--results-path", str(folder / "results")]
-    if run.sentences < 16 and not is_lm(run.model):
-        sys.argv += ["--max-valid-steps", "1"]
     command.cli_main()
     steps = [(b - a) * 1e3 for a, b in zip(clock, clock[1:])][: run.length - 1]
     tenth = max(1, len(steps) // 10)
