@@ -27,6 +27,7 @@ CUTOFFS = "2000,6000"
 SKIPPED = 2  # updates at the start of a run
 
 SHAPE = ["--decoder-layers", "16", "--decoder-embed-dim", "128", "--decoder-ffn-embed-dim", "2048"]
+SHAPE += ["--decoder-input-dim", "128", "--decoder-output-dim", "128"]
 SHAPE += ["--decoder-attention-heads", "8", "--dropout", "0.1"]
 SHAPE += ["--adaptive-input", "--adaptive-input-factor", "1", "--adaptive-input-cutoff", CUTOFFS]
 SHAPE += ["--adaptive-softmax-factor", "1", "--adaptive-softmax-cutoff", CUTOFFS]
