@@ -1,0 +1,257 @@
+// A meaning for the CUDA that the kernels use, for a C++ compiler: to test what they compute where there is no GPU.
+//
+// The threads of a block are fibres of one thread of the processor. Each runs until its next barrier (a shuffle is a
+// barrier of its warp); which of those that can go on does so next is drawn from a seed, so that a missing barrier gives
+// another result under some seed. Blocks run one after the other, in a drawn order. Shared memory is an allocation of
+// the size that the launch asks for, filled with NaN, so that the address sanitizer sees what leaves it. A barrier that
+// some threads never reach, or that threads reach at different places, is an error of the launch.
+
+#pragma once
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define FWP_DYNAMIC_SHARED(name) float4* const name = static_cast<float4*>(emulated::machine().shared)
+
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+using cudaStream_t = void*;
+
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes = 0;
+    cudaStream_t stream = nullptr;
+};
+
+namespace emulated {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 256 * 1024;
+
+struct Fibre {
+    ucontext_t context;
+    char* stack = nullptr;
+    enum { ready, at_block_barrier, at_warp_barrier, finished } state = ready;
+    int line = 0;            // of the barrier
+    int parity = 0;          // which slots the next shuffle uses
+    void* fake = nullptr;    // of the address sanitizer
+};
+
+struct Machine {
+    std::mt19937_64 draw{0};
+    void* shared = nullptr;
+    dim3 thread, block, block_size, grid;
+    std::vector<Fibre> fibres;
+    std::vector<double> slots[2];
+    std::function<void()> body;
+    ucontext_t scheduler;
+    void* fake = nullptr;
+    const void* scheduler_stack = nullptr;
+    size_t scheduler_stack_size = 0;
+    int running = 0;
+    std::string error;
+
+    static void enter() {
+        Machine& m = instance();
+        m.arrived();
+        m.body();
+        m.fibres[m.running].state = Fibre::finished;
+        m.leave(true);
+    }
+
+    static Machine& instance() {
+        static Machine machine;
+        return machine;
+    }
+
+    // From the scheduler to fibre i.
+    void resume(int i) {
+        running = i;
+        thread = dim3(unsigned(i));
+        Fibre& fibre = fibres[i];
+#if defined(__SANITIZE_ADDRESS__)
+        __sanitizer_start_switch_fiber(&fake, fibre.stack, kStack);
+#endif
+        swapcontext(&scheduler, &fibre.context);
+#if defined(__SANITIZE_ADDRESS__)
+        __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+    }
+
+    // From the running fibre to the scheduler.
+    void leave(bool for_good = false) {
+        Fibre& fibre = fibres[running];
+#if defined(__SANITIZE_ADDRESS__)
+        __sanitizer_start_switch_fiber(for_good ? nullptr : &fibre.fake, scheduler_stack, scheduler_stack_size);
+#else
+        (void)for_good;
+#endif
+        swapcontext(&fibre.context, &scheduler);
+        arrived(fibre.fake);
+    }
+
+    void arrived([[maybe_unused]] void* from = nullptr) {
+#if defined(__SANITIZE_ADDRESS__)
+        __sanitizer_finish_switch_fiber(from, &scheduler_stack, &scheduler_stack_size);
+#endif
+    }
+
+    void wait(decltype(Fibre::state) state, int line) {
+        fibres[running].state = state;
+        fibres[running].line = line;
+        leave();
+    }
+
+    // Opens the barrier that fibres [begin, end) have all reached.
+    bool open(decltype(Fibre::state) state, int begin, int end) {
+        for (int i = begin; i < end; ++i) {
+            if (fibres[i].state != state) return false;
+            if (fibres[i].line != fibres[begin].line) {
+                error = "threads are at different barriers, in lines " + std::to_string(fibres[begin].line) + " and " +
+                        std::to_string(fibres[i].line);
+                return false;
+            }
+        }
+        for (int i = begin; i < end; ++i) fibres[i].state = Fibre::ready;
+        return true;
+    }
+
+    bool run_block() {
+        const int count = int(fibres.size());
+        for (Fibre& fibre : fibres) {
+            fibre.state = Fibre::ready, fibre.parity = 0, fibre.fake = nullptr;
+            getcontext(&fibre.context);
+            fibre.context.uc_stack.ss_sp = fibre.stack;
+            fibre.context.uc_stack.ss_size = kStack;
+            fibre.context.uc_link = nullptr;
+            makecontext(&fibre.context, &Machine::enter, 0);
+        }
+        std::vector<int> order(count);
+        for (;;) {
+            // Those that can go on, in a drawn order, each to its next barrier.
+            order.clear();
+            for (int i = 0; i < count; ++i)
+                if (fibres[i].state == Fibre::ready) order.push_back(i);
+            std::shuffle(order.begin(), order.end(), draw);
+            for (int i : order) resume(i);
+            bool any = false;
+            for (int begin = 0; begin < count; begin += kWarp)
+                any |= open(Fibre::at_warp_barrier, begin, std::min(begin + kWarp, count));
+            any |= open(Fibre::at_block_barrier, 0, count);
+            if (!error.empty()) return false;
+            if (any) continue;
+            if (std::all_of(fibres.begin(), fibres.end(), [](const Fibre& f) { return f.state == Fibre::finished; }))
+                return true;
+            if (order.empty()) {
+                error = "threads wait at a barrier that others have passed or never reach";
+                return false;
+            }
+        }
+    }
+
+    cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> kernel) {
+        body = std::move(kernel);
+        grid = config.gridDim, block_size = config.blockDim;
+        const size_t threads = block_size.x;
+        while (fibres.size() < threads) {
+            fibres.emplace_back();
+            fibres.back().stack = static_cast<char*>(
+                mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        }
+        for (size_t i = threads; i < fibres.size(); ++i) munmap(fibres[i].stack, kStack);
+        fibres.resize(threads);
+        for (auto& side : slots) side.assign(threads, 0.0);
+        std::vector<unsigned> order(grid.x);
+        std::iota(order.begin(), order.end(), 0u);
+        std::shuffle(order.begin(), order.end(), draw);
+        for (unsigned index : order) {
+            block = dim3(index);
+            shared = ::operator new(std::max<size_t>(config.dynamicSmemBytes, 1), std::align_val_t(16));
+            std::memset(shared, 0xff, config.dynamicSmemBytes);
+            const bool good = run_block();
+            ::operator delete(shared, std::align_val_t(16));
+            if (!good) return cudaErrorLaunchFailure;
+        }
+        return cudaSuccess;
+    }
+
+    template <class T>
+    T shuffle(T value, int partner, int line) {
+        static_assert(sizeof(T) <= sizeof(double));
+        const int parity = fibres[running].parity;
+        fibres[running].parity = 1 - parity;
+        std::memcpy(&slots[parity][running], &value, sizeof(T));
+        // Nobody can be two shuffles ahead of a lane that has not read yet: two sides are enough.
+        wait(Fibre::at_warp_barrier, line);
+        std::memcpy(&value, &slots[parity][running / kWarp * kWarp + partner], sizeof(T));
+        return value;
+    }
+
+    int lane() const { return running % kWarp; }
+};
+
+inline Machine& machine() { return Machine::instance(); }
+
+}  // namespace emulated
+
+inline dim3 &threadIdx = emulated::machine().thread, &blockIdx = emulated::machine().block;
+inline dim3 &blockDim = emulated::machine().block_size, &gridDim = emulated::machine().grid;
+
+#define __syncthreads() emulated::machine().wait(emulated::Fibre::at_block_barrier, __LINE__)
+#define __syncwarp() emulated::machine().wait(emulated::Fibre::at_warp_barrier, __LINE__)
+#define __shfl_xor_sync(mask, value, distance) \
+    emulated::machine().shuffle(value, emulated::machine().lane() ^ (distance), __LINE__)
+#define __trap() std::abort()
+
+inline int atomicMin(int* at, int value) {
+    const int before = *at;
+    *at = std::min(before, value);
+    return before;
+}
+
+inline int atomicExch(int* at, int value) {
+    const int before = *at;
+    *at = value;
+    return before;
+}
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) { return cudaSuccess; }
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(
+    const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+    return emulated::machine().launch(*config, [=] { kernel(arguments...); });
+}

@@ -1,0 +1,165 @@
+"""The kernels for a GPU, compiled for the processor and called with torch tensors: the operators' raw interface."""
+
+import ctypes
+import subprocess
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from fwp_fairseq.ops.native import SEGMENT
+from fwp_fairseq.ops.numerics import state_dtype
+
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE.parent.parent / "fwp_fairseq" / "csrc"
+
+_TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+class Sequence(ctypes.Structure):
+    """``Sequence`` of csrc/fast_weights.h."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in ("batch", "head", "row", "block")),
+    ]
+
+
+class Problem(ctypes.Structure):
+    """``Problem`` of csrc/fast_weights.h."""
+
+    _fields_ = [
+        *((n, ctypes.c_int64) for n in ("heads", "length", "dk", "dv", "segments", "blocks", "block_columns")),
+        *((n, Sequence) for n in ("q", "k", "v", "write", "erase", "decay")),
+        ("initial_state", ctypes.c_void_p),
+        ("out", Sequence),
+        ("final_state", ctypes.c_void_p),
+        ("borders", ctypes.c_void_p),
+        *((f"grad_{n}", Sequence) for n in ("out", "q", "k", "v", "write", "erase", "decay")),
+        ("grad_final_state", ctypes.c_void_p),
+        ("grad_initial_state", ctypes.c_void_p),
+    ]
+
+
+class LaunchError(RuntimeError):
+    """What the emulated device says went wrong."""
+
+
+def compile_kernels(folder: Path, sources: Path = SOURCES, sanitize: bool = False) -> Path:
+    """Build the library of the kernels in ``sources`` into ``folder``; returns its path."""
+    library = folder / "kernels.so"
+    flags = ["-fsanitize=address", "-fno-omit-frame-pointer"] if sanitize else []
+    command = ["g++", "-std=c++20", "-O1", "-g1", "-shared", "-fPIC", "-Wno-unknown-pragmas", *flags]
+    command += [f"-I{HERE}", f"-I{sources}", str(HERE / "kernels.cpp"), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return library
+
+
+class Kernels:
+    """The kernels of a library. ``multiprocessors`` is that of the pretended device: many make tiles narrow."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        self.library.emulator_error.restype = ctypes.c_char_p
+        self.library.emulator_problem_bytes.restype = ctypes.c_int64
+        self.library.emulator_scan_tiles.restype = ctypes.c_int64
+        assert self.library.emulator_problem_bytes() == ctypes.sizeof(Problem)
+        self.seed(0)
+
+    def seed(self, seed: int) -> None:
+        """Draw the order of threads and blocks from here on from ``seed``."""
+        self.library.emulator_seed(ctypes.c_uint64(seed))
+
+    def scan(self, q: Optional[Tensor], k: Tensor, v: Tensor, *others: Any, multiprocessors: int = 1) -> Any:
+        """``torch.ops.fwp_fairseq.scan``: (q, k, v, write, erase, decay, initial_state, keep_borders)."""
+        *gates, initial_state, keep_borders = others
+        p = _problem(q, k, v, *gates, initial_state)
+        dtype = state_dtype(k.dtype)
+        out = _empty(0 if q is None else v.shape, v.dtype)
+        state = _empty((*k.shape[:2], p.dk, p.dv), dtype)
+        borders = _empty((*k.shape[:2], p.segments - 1 if keep_borders else 0, p.dk, p.dv), dtype)
+        if q is not None:
+            p.out = _rows(out)
+        p.final_state = state.data_ptr()
+        p.borders = borders.data_ptr() if borders.numel() else None
+        self._run("emulator_scan", p, k, False, multiprocessors)
+        return out, state, borders
+
+    def scan_backward(
+        self,
+        grad_out: Optional[Tensor],
+        grad_state: Optional[Tensor],
+        q: Optional[Tensor],
+        k: Tensor,
+        v: Tensor,
+        *others: Any,
+        multiprocessors: int = 1,
+    ) -> list[Optional[Tensor]]:
+        """``torch.ops.fwp_fairseq.scan_backward``, with None for what is not there."""
+        *gates, initial_state, borders = others
+        p = _problem(q, k, v, *gates, initial_state)
+        dtype = state_dtype(k.dtype)
+        p.borders = borders.data_ptr() if borders.numel() else None
+        p.grad_final_state = None if grad_state is None else grad_state.data_ptr()
+        if q is not None:
+            assert grad_out is not None
+            p.grad_out = _rows(grad_out)
+        wide = int(dtype == torch.float64)
+        tiles = self.library.emulator_scan_tiles(ctypes.byref(p), _streams(k), wide, 1, multiprocessors)
+
+        def like(x: Optional[Tensor], dtype: torch.dtype, shared: bool = True) -> Optional[Tensor]:
+            if x is None:
+                return None
+            return _empty((tiles, *x.shape), state_dtype(k.dtype)) if shared and tiles > 1 else _empty(x.shape, dtype)
+
+        grads = [like(q, k.dtype), like(k, k.dtype), like(v, v.dtype, False), *(like(g, dtype) for g in gates)]
+        for name, grad in zip(("q", "k", "v", "write", "erase", "decay"), grads):
+            if grad is not None:
+                setattr(p, f"grad_{name}", _rows(grad) if name in "qkv" else _gate(grad))
+        start = like(initial_state, dtype, False)
+        p.grad_initial_state = None if start is None else start.data_ptr()
+        self._run("emulator_scan", p, k, True, multiprocessors)
+        inputs = (q, k, v, *gates)
+        summed = [g.sum(0) if g is not None and x is not None and g.dim() > x.dim() else g for g, x in zip(grads, inputs)]
+        return [*summed, start]
+
+    def _run(self, name: str, p: Problem, k: Tensor, backward: bool, multiprocessors: int) -> None:
+        wide = int(state_dtype(k.dtype) == torch.float64)
+        if getattr(self.library, name)(ctypes.byref(p), ctypes.c_int64(_streams(k)), wide, int(backward), multiprocessors):
+            raise LaunchError(self.library.emulator_error().decode())
+
+
+def _streams(k: Tensor) -> int:
+    return k.size(0) * k.size(1)
+
+
+def _empty(shape: Any, dtype: torch.dtype) -> Tensor:
+    """Filled with what must not be found in it afterwards."""
+    return torch.full(shape if isinstance(shape, tuple) else tuple(torch.empty(shape).shape), float("nan"), dtype=dtype)
+
+
+def _rows(x: Tensor) -> Sequence:
+    assert x.stride(-1) == 1 or x.size(-1) == 1
+    parts = x.stride(0) if x.dim() == 5 else 0
+    return Sequence(x.data_ptr(), _TYPES.index(x.dtype), *x.stride()[-4:-1], parts)
+
+
+def _gate(x: Tensor) -> Sequence:
+    parts = x.stride(0) if x.dim() == 4 else 0
+    return Sequence(x.data_ptr(), _TYPES.index(x.dtype), *x.stride()[-3:], parts)
+
+
+def _problem(q: Optional[Tensor], k: Tensor, v: Tensor, *others: Optional[Tensor]) -> Problem:
+    *gates, initial_state = others
+    p = Problem(heads=k.size(1), length=k.size(2), dk=k.size(3), dv=v.size(3))
+    p.segments = (p.length + SEGMENT - 1) // SEGMENT
+    for name, x in zip(("q", "k", "v"), (q, k, v)):
+        if x is not None:
+            setattr(p, name, _rows(x))
+    for name, x in zip(("write", "erase", "decay"), gates):
+        if x is not None:
+            setattr(p, name, _gate(x))
+    p.initial_state = None if initial_state is None else initial_state.data_ptr()
+    return p

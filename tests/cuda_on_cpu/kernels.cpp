@@ -1,0 +1,56 @@
+// The kernels for a GPU, compiled for the processor, behind functions that Python can call (emulator.py).
+
+#include "fast_weights_scan.cuh"
+
+namespace {
+
+std::string message;
+
+// As the drivers of a GPU say it: 0, or the number of an error.
+int finish(cudaError_t error) {
+    message = emulated::machine().error;
+    emulated::machine().error.clear();
+    return error;
+}
+
+// What the binding allocates: of its exact size, and filled with NaN.
+template <class T>
+struct Buffer {
+    explicit Buffer(int64_t count) : elements(count ? new T[count] : nullptr) {
+        if (count) std::memset(static_cast<void*>(elements.get()), 0xff, count * sizeof(T));
+    }
+    std::unique_ptr<T[]> elements;
+    T* get() const { return elements.get(); }
+};
+
+template <class T>
+fwp::gpu::ScanLaunch plan(const fwp::Problem& p, int64_t streams, bool backward, int multiprocessors) {
+    return fwp::gpu::plan_scan<T>(streams, p.dk, p.dv, backward, {multiprocessors, 64 * 1024});
+}
+
+template <class T>
+int scan(const fwp::Problem& p, int64_t streams, bool backward, int multiprocessors) {
+    const auto launch = plan<T>(p, streams, backward, multiprocessors);
+    const Buffer<T> workspace(launch.workspace);
+    return finish(fwp::gpu::launch_scan(p, launch, workspace.get(), nullptr));
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* emulator_error() { return message.c_str(); }
+void emulator_seed(uint64_t seed) { emulated::machine().draw.seed(seed); }
+int64_t emulator_problem_bytes() { return sizeof(fwp::Problem); }
+
+int64_t emulator_scan_tiles(const fwp::Problem* p, int64_t streams, int wide, int backward, int multiprocessors) {
+    return wide ? plan<double>(*p, streams, backward, multiprocessors).tiles
+                : plan<float>(*p, streams, backward, multiprocessors).tiles;
+}
+
+int emulator_scan(const fwp::Problem* p, int64_t streams, int wide, int backward, int multiprocessors) {
+    return wide ? scan<double>(*p, streams, backward, multiprocessors)
+                : scan<float>(*p, streams, backward, multiprocessors);
+}
+
+}
