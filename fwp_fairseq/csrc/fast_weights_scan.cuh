@@ -27,6 +27,7 @@
 #pragma once
 
 #include "fast_weights_device.cuh"
+#include "fast_weights_launch.cuh"
 
 namespace fwp::gpu {
 
@@ -646,12 +647,6 @@ __global__ void __launch_bounds__(kThreads, 2) scan_backward(const __grid_consta
 
 // --- Launches --------------------------------------------------------------------------------------------------------
 
-// What a device has; filled in by whoever launches.
-struct Device {
-    int multiprocessors;
-    int64_t shared_bytes;  // that a block may ask for
-};
-
 struct ScanLaunch {
     int columns = 0;  // N; 0: no kernel fits this problem and device
     int64_t tiles = 0, blocks = 0, shared_bytes = 0;
@@ -682,22 +677,6 @@ ScanLaunch plan_scan(int64_t streams, int64_t dk, int64_t dv, bool backward, con
     }
     if (narrow.shared_bytes > device.shared_bytes) narrow.columns = 0;
     return narrow;
-}
-
-template <class Kernel, class... Arguments>
-cudaError_t launch(
-    Kernel* kernel, int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
-    if (shared_bytes > 48 * 1024) {
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-        if (error != cudaSuccess) return error;
-    }
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(blocks));
-    config.blockDim = dim3(unsigned(threads));
-    config.dynamicSmemBytes = size_t(shared_bytes);
-    config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // `problem` is divided into tiles as `plan` says; `workspace`, for a backward pass, null for a forward pass.
