@@ -17,11 +17,12 @@ __device__ constexpr T smallest_divisor() {
     return std::is_same_v<T, double> ? T(1.4916681462400413e-154) : T(1.0842021724855044e-19);
 }
 
+// Where a is NaN, so is the result.
 template <class T>
-__device__ __forceinline__ T larger(T a, T b) { return a > b ? a : b; }
+__device__ __forceinline__ T larger(T a, T b) { return b > a ? b : a; }
 
 template <class T>
-__device__ __forceinline__ T smaller(T a, T b) { return a < b ? a : b; }
+__device__ __forceinline__ T smaller(T a, T b) { return b < a ? b : a; }
 
 // A number over all threads of a block, COUNT times, in all of them. Ends with a barrier; before it, what other threads
 // wrote to shared memory is not theirs to see.
@@ -68,6 +69,7 @@ __device__ void make_features(const Features& f, const T* x, T* out, T* scratch)
     const auto each = [&](const auto& change) {
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v)
+#pragma unroll 1
             for (int i = thread; i < dk; i += kStepThreads) change(v, i, out[v * dk + i]);
     };
     __syncthreads();
@@ -82,9 +84,11 @@ __device__ void make_features(const Features& f, const T* x, T* out, T* scratch)
         // R x by warps, a row of R each, which both vectors share.
         const int m = dk / 2, lane = thread % kWarp;
         T most[VECTORS] = {}, squares[VECTORS] = {};
+#pragma unroll 1
         for (int j = thread / kWarp; j < m; j += kStepWarps) {
             const T* row = static_cast<const T*>(f.projection) + int64_t(j) * d_key;
             T projected[VECTORS] = {};
+#pragma unroll 1
             for (int i = lane; i < d_key; i += kWarp) {
                 const T factor = row[i];
 #pragma unroll
@@ -104,6 +108,7 @@ __device__ void make_features(const Features& f, const T* x, T* out, T* scratch)
         } else {
 #pragma unroll
             for (int v = 0; v < VECTORS; ++v)
+#pragma unroll 1
                 for (int i = thread; i < d_key; i += kStepThreads) squares[v] += x[v * d_key + i] * x[v * d_key + i];
             block_sums(squares, scratch);
             const T root = sqrt(T(dk));

@@ -108,7 +108,7 @@ struct Access {
     static constexpr int kColumns = kWarp;
 
     int thread, lane, warp, dk, d_key;
-    int64_t dv, column = 0;
+    int dv, column = 0;
     T w[ROWS];
     T *x, *phi, *z, *shares, *scratch;  // (2, d_key), (2, dk), (dk), (2, warps, lanes)
 
@@ -116,24 +116,24 @@ struct Access {
         return (2 * f.d_key + 3 * f.dk + 2 * kStepThreads + kScratch) * int64_t(sizeof(T));
     }
 
-    __device__ __forceinline__ Access(const Features& f, int64_t dv, T* shared) : dv(dv) {
+    __device__ __forceinline__ Access(const Features& f, int64_t dv, T* shared) : dv(int(dv)) {
         thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
         dk = int(f.dk), d_key = int(f.d_key);
         x = shared, phi = x + 2 * d_key, z = phi + 2 * dk, shares = z + dk, scratch = shares + 2 * kStepThreads;
     }
 
-    __device__ __forceinline__ void load_memory(const T* from, int64_t tile) {
+    __device__ __forceinline__ void load_memory(const T* from, int tile) {
         column = tile * kColumns + lane;
+        from += warp * dv + column;
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-            const int i = r * kStepWarps + warp;
-            w[r] = i < dk && column < dv ? from[i * dv + column] : T(0);
-        }
+        for (int r = 0; r < ROWS; ++r, from += kStepWarps * dv)  // not ROWS addresses in registers
+            w[r] = r * kStepWarps + warp < dk && column < dv ? *from : T(0);
     }
 
     __device__ __forceinline__ void load_projected(const Sequence& from, int64_t row, int64_t head, T* to) const {
         const int64_t at = start_of(from, row, head);
         typed<T>(from, [&](const auto* data) {
+#pragma unroll 1
             for (int i = thread; i < d_key; i += kStepThreads) to[i] = widen<T>(data[at + i]);
         });
     }
@@ -174,28 +174,29 @@ __device__ __forceinline__ T inverse(T total) { return total > smallest_divisor<
 // Blocks are (row, head, tile), tiles fastest; with attention normalisation (row, head).
 template <class T, int ROWS>
 __global__ void __launch_bounds__(kStepThreads, (kStepBlocks<T, ROWS>))
-    write_and_read(const __grid_constant__ Step step, const __grid_constant__ Descent descent, int64_t tiles) {
+    write_and_read(const __grid_constant__ Step step, const __grid_constant__ Descent descent, int tiles) {
     FWP_DYNAMIC_SHARED(shared);
     const bool normalizes = step.normalizer;
-    const int64_t blocks = normalizes ? 1 : tiles;  // of one memory
-    const int64_t head = blockIdx.x / blocks % step.heads, first_row = blockIdx.x / blocks / step.heads;
-    const int64_t first_tile = normalizes ? 0 : blockIdx.x % tiles, end_tile = normalizes ? tiles : first_tile + 1;
-    int64_t place = first_row;
+    const int blocks = normalizes ? 1 : tiles, heads = int(step.heads);  // blocks of one memory
+    const int head = int(blockIdx.x) / blocks % heads, first_row = int(blockIdx.x) / blocks / heads;
+    const int first_tile = normalizes ? 0 : int(blockIdx.x) % tiles, end_tile = normalizes ? tiles : first_tile + 1;
+    int place = first_row;
     if (descent.first_row) {
-        place = parent_of(step, first_row);
+        place = int(parent_of(step, first_row));
         if (descent.first_row[place] != first_row) return;
     }
     Access<T, ROWS> access(step.features, step.dv, reinterpret_cast<T*>(shared));
-    const int thread = access.thread, dk = access.dk;
-    const auto memory = [&](int64_t at) { return static_cast<T*>(step.state) + (at * step.heads + head) * dk * step.dv; };
-    const auto normalizer = [&](int64_t at) { return static_cast<T*>(step.normalizer) + (at * step.heads + head) * dk; };
+    const int thread = access.thread, dk = access.dk, dv = access.dv;
+    const auto memory = [&](int64_t at) { return static_cast<T*>(step.state) + (at * heads + head) * dk * dv; };
+    const auto normalizer = [&](int64_t at) { return static_cast<T*>(step.normalizer) + (at * heads + head) * dk; };
     T *k = access.phi, *q = access.phi + dk, *z = access.z;
     if (normalizes)
+#pragma unroll 1
         for (int i = thread; i < dk; i += kStepThreads) z[i] = normalizer(place)[i];
 
-    for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+    for (int tile = first_tile; tile < end_tile; ++tile) {
         access.load_memory(memory(place), tile);
-        for (int64_t row = first_row; row >= 0; row = descent.first_row ? descent.next_row[row] : -1) {
+        for (int row = first_row; row >= 0; row = descent.first_row ? descent.next_row[row] : -1) {
             const int64_t to = descent.first_row ? step.new_places[row] : row;
             access.load_projected(step.k, row, head, access.x);
             access.load_projected(step.q, row, head, access.x + access.d_key);
@@ -209,6 +210,7 @@ __global__ void __launch_bounds__(kStepThreads, (kStepBlocks<T, ROWS>))
             T erase = step.erases ? write : T(0), share = 1;  // of what is read
 
             T dots[3] = {};  // k . q, z . k, z . q
+#pragma unroll 1
             for (int i = thread; i < dk; i += kStepThreads) {
                 dots[0] += k[i] * q[i];
                 if (normalizes) dots[1] += z[i] * k[i], dots[2] += z[i] * q[i];
@@ -220,23 +222,24 @@ __global__ void __launch_bounds__(kStepThreads, (kStepBlocks<T, ROWS>))
                 erase *= inverse(decay * dots[1]);
                 share = inverse(decay * dots[2] + count * dots[0]);
                 if (tile == first_tile)
+#pragma unroll 1
                     for (int i = thread; i < dk; i += kStepThreads)
                         normalizer(to)[i] = decay * z[i] + count * k[i];
             }
 
             T found[2];
             access.retrieve(found);
-            const int64_t column = access.column;
-            if (column < step.dv) {
+            const int column = access.column;
+            if (column < dv) {
                 const T value = load<T>(step.v, start_of(step.v, row, head) + column);
                 const T u = write * value - erase * (decay * found[0]);
                 if (access.warp == 0)
                     store(step.out, start_of(step.out, row, head) + column, share * (decay * found[1] + dots[0] * u));
-                T* at = memory(to) + column;
+                T* at = memory(to) + access.warp * dv + column;
 #pragma unroll
-                for (int r = 0; r < ROWS; ++r) {
+                for (int r = 0; r < ROWS; ++r, at += kStepWarps * dv) {
                     const int i = r * kStepWarps + access.warp;
-                    if (i < dk) at[i * step.dv] = decay * access.w[r] + k[i] * u;
+                    if (i < dk) *at = decay * access.w[r] + k[i] * u;
                 }
             }
             __syncthreads();  // before the next row's features
@@ -246,19 +249,21 @@ __global__ void __launch_bounds__(kStepThreads, (kStepBlocks<T, ROWS>))
 
 // Blocks are (memory, head, tile), tiles fastest. A memory is loaded once for all rows that share it.
 template <class T, int ROWS>
-__global__ void __launch_bounds__(kStepThreads, (kStepBlocks<T, ROWS>)) read_memories(const __grid_constant__ Read read, int64_t tiles) {
+__global__ void __launch_bounds__(kStepThreads, (kStepBlocks<T, ROWS>)) read_memories(const __grid_constant__ Read read, int tiles) {
     FWP_DYNAMIC_SHARED(shared);
-    const int64_t head = blockIdx.x / tiles % read.heads, memory = blockIdx.x / tiles / read.heads;
-    const int64_t rows = read.rows / read.memories, at = memory * read.heads + head;
+    const int head = int(blockIdx.x) / tiles % int(read.heads), memory = int(blockIdx.x) / tiles / int(read.heads);
+    const int rows = int(read.rows / read.memories);
+    const int64_t at = int64_t(memory) * read.heads + head;
     Access<T, ROWS> access(read.features, read.dv, reinterpret_cast<T*>(shared));
     const int thread = access.thread, dk = access.dk;
-    access.load_memory(static_cast<const T*>(read.state) + at * dk * read.dv, blockIdx.x % tiles);
+    access.load_memory(static_cast<const T*>(read.state) + at * dk * read.dv, int(blockIdx.x) % tiles);
     const T* z = static_cast<const T*>(read.normalizer);
-    for (int64_t row = memory * rows; row < (memory + 1) * rows; ++row) {
+    for (int row = memory * rows; row < (memory + 1) * rows; ++row) {
         access.load_projected(read.q, row, head, access.x);
         make_features<1>(read.features, access.x, access.phi, access.scratch);
         T total[1] = {};
         if (z) {
+#pragma unroll 1
             for (int i = thread; i < dk; i += kStepThreads) total[0] += z[at * dk + i] * access.phi[i];
             block_sums(total, access.scratch);
         }
@@ -297,7 +302,7 @@ cudaError_t launch_step(const Step& step, int* scratch, cudaStream_t stream) {
             launch(&plan_step, 1, kStepThreads, 2 * kStepThreads * int64_t(sizeof(int)), stream, step, descent);
         if (error != cudaSuccess) return error;
     }
-    const int64_t tiles = (step.dv + kWarp - 1) / kWarp;
+    const int tiles = int((step.dv + kWarp - 1) / kWarp);
     return with_rows<T>(step.features.dk, [&](auto rows) {
         return launch(
             &write_and_read<T, rows.value>, step.rows * step.heads * (step.normalizer ? 1 : tiles), kStepThreads,
@@ -307,7 +312,7 @@ cudaError_t launch_step(const Step& step, int* scratch, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_read(const Read& read, cudaStream_t stream) {
-    const int64_t tiles = (read.dv + kWarp - 1) / kWarp;
+    const int tiles = int((read.dv + kWarp - 1) / kWarp);
     return with_rows<T>(read.features.dk, [&](auto rows) {
         return launch(
             &read_memories<T, rows.value>, read.memories * read.heads * tiles, kStepThreads,

@@ -8,11 +8,10 @@
 
 #pragma once
 
+#include <math.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -55,13 +54,32 @@ struct cudaLaunchConfig_t {
     cudaStream_t stream = nullptr;
 };
 
+#if !defined(__x86_64__)
+#error "fibres are switched in the assembly of x86-64"
+#endif
+
+// emulated_switch(&left, entered): keeps what a call must keep on the stack that is left, and goes on with another.
+// A hundred times faster than swapcontext(), which asks the operating system to keep the signal mask.
+asm(R"(
+.pushsection .text
+.type emulated_switch, @function
+emulated_switch:
+    push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
+    mov %rsp, (%rdi)
+    mov %rsi, %rsp
+    pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
+    ret
+.popsection
+)");
+extern "C" void emulated_switch(void** left, void* entered);
+
 namespace emulated {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 256 * 1024;
 
 struct Fibre {
-    ucontext_t context;
+    void* top = nullptr;  // of what is on its stack
     char* stack = nullptr;
     enum { ready, at_block_barrier, at_warp_barrier, finished } state = ready;
     int line = 0;            // of the barrier
@@ -76,7 +94,7 @@ struct Machine {
     std::vector<Fibre> fibres;
     std::vector<double> slots[2];
     std::function<void()> body;
-    ucontext_t scheduler;
+    void* scheduler = nullptr;
     void* fake = nullptr;
     const void* scheduler_stack = nullptr;
     size_t scheduler_stack_size = 0;
@@ -104,7 +122,7 @@ struct Machine {
 #if defined(__SANITIZE_ADDRESS__)
         __sanitizer_start_switch_fiber(&fake, fibre.stack, kStack);
 #endif
-        swapcontext(&scheduler, &fibre.context);
+        emulated_switch(&scheduler, fibre.top);
 #if defined(__SANITIZE_ADDRESS__)
         __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #endif
@@ -118,7 +136,7 @@ struct Machine {
 #else
         (void)for_good;
 #endif
-        swapcontext(&fibre.context, &scheduler);
+        emulated_switch(&fibre.top, scheduler);
         arrived(fibre.fake);
     }
 
@@ -152,11 +170,11 @@ struct Machine {
         const int count = int(fibres.size());
         for (Fibre& fibre : fibres) {
             fibre.state = Fibre::ready, fibre.parity = 0, fibre.fake = nullptr;
-            getcontext(&fibre.context);
-            fibre.context.uc_stack.ss_sp = fibre.stack;
-            fibre.context.uc_stack.ss_size = kStack;
-            fibre.context.uc_link = nullptr;
-            makecontext(&fibre.context, &Machine::enter, 0);
+            // Six registers, where to go on, and the place of a return address that is never used.
+            void** top = reinterpret_cast<void**>(fibre.stack + kStack) - 8;
+            std::fill_n(top, 8, nullptr);
+            top[6] = reinterpret_cast<void*>(&Machine::enter);
+            fibre.top = top;
         }
         std::vector<int> order(count);
         for (;;) {

@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from fwp_fairseq.ops.native import SEGMENT
+from fwp_fairseq.ops.native import SEGMENT, AddressFeatures
 from fwp_fairseq.ops.numerics import state_dtype
 
 HERE = Path(__file__).resolve().parent
@@ -43,6 +43,44 @@ class Problem(ctypes.Structure):
     ]
 
 
+class Features(ctypes.Structure):
+    """``Features`` of csrc/fast_weights.h."""
+
+    _fields_ = [
+        ("map", ctypes.c_int),
+        ("normalization", ctypes.c_int),
+        *((n, ctypes.c_int64) for n in ("d_key", "dk", "nu")),
+        ("projection", ctypes.c_void_p),
+    ]
+
+
+class Step(ctypes.Structure):
+    """``Step`` of csrc/fast_weights.h."""
+
+    _fields_ = [
+        *((n, ctypes.c_int64) for n in ("rows", "slots", "heads", "dv")),
+        ("features", Features),
+        *((n, Sequence) for n in ("q", "k", "v", "out", "strength", "kept")),
+        ("padding", ctypes.c_void_p),
+        ("erases", ctypes.c_bool),
+        ("complement", ctypes.c_bool),
+        *((n, ctypes.c_void_p) for n in ("state", "normalizer", "order", "places", "new_places")),
+    ]
+
+
+class Read(ctypes.Structure):
+    """``Read`` of csrc/fast_weights.h."""
+
+    _fields_ = [
+        *((n, ctypes.c_int64) for n in ("rows", "memories", "heads", "dv")),
+        ("features", Features),
+        ("q", Sequence),
+        ("out", Sequence),
+        ("state", ctypes.c_void_p),
+        ("normalizer", ctypes.c_void_p),
+    ]
+
+
 class LaunchError(RuntimeError):
     """What the emulated device says went wrong."""
 
@@ -63,9 +101,10 @@ class Kernels:
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         self.library.emulator_error.restype = ctypes.c_char_p
-        self.library.emulator_problem_bytes.restype = ctypes.c_int64
+        self.library.emulator_bytes.restype = ctypes.c_int64
         self.library.emulator_scan_tiles.restype = ctypes.c_int64
-        assert self.library.emulator_problem_bytes() == ctypes.sizeof(Problem)
+        for which, structure in enumerate((Problem, Step, Read)):
+            assert self.library.emulator_bytes(which) == ctypes.sizeof(structure)
         self.seed(0)
 
     def seed(self, seed: int) -> None:
@@ -84,7 +123,7 @@ class Kernels:
             p.out = _rows(out)
         p.final_state = state.data_ptr()
         p.borders = borders.data_ptr() if borders.numel() else None
-        self._run("emulator_scan", p, k, False, multiprocessors)
+        self._run(p, k, False, multiprocessors)
         return out, state, borders
 
     def scan_backward(
@@ -120,15 +159,84 @@ class Kernels:
                 setattr(p, f"grad_{name}", _rows(grad) if name in "qkv" else _gate(grad))
         start = like(initial_state, dtype, False)
         p.grad_initial_state = None if start is None else start.data_ptr()
-        self._run("emulator_scan", p, k, True, multiprocessors)
+        self._run(p, k, True, multiprocessors)
         inputs = (q, k, v, *gates)
         summed = [g.sum(0) if g is not None and x is not None and g.dim() > x.dim() else g for g, x in zip(grads, inputs)]
         return [*summed, start]
 
-    def _run(self, name: str, p: Problem, k: Tensor, backward: bool, multiprocessors: int) -> None:
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        strength: Optional[Tensor],
+        kept: Optional[Tensor],
+        padding: Optional[Tensor],
+        state: Tensor,
+        normalizer: Optional[Tensor],
+        order: Optional[Tensor],
+        places: Optional[Tensor],
+        features: AddressFeatures,
+        *,
+        erases: bool,
+        complement: bool,
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """``native.step``."""
+        out = _empty(v.shape, v.dtype)
+        moved = None if order is None and places is None else torch.full((q.size(0),), -1)
+        address, _held = _features(features, q, state)
+        p = Step(rows=q.size(0), slots=state.size(0), heads=q.size(1), dv=v.size(2), features=address)
+        for name, x in (("q", q), ("k", k), ("v", v), ("out", out), ("strength", strength), ("kept", kept)):
+            if x is not None:
+                setattr(p, name, _token(x))
+        p.erases, p.complement = erases, complement
+        for name, x in (
+            ("padding", padding), ("state", state), ("normalizer", normalizer), ("order", order), ("places", places),
+            ("new_places", moved),
+        ):  # fmt: skip
+            setattr(p, name, None if x is None else x.data_ptr())
+        self._check(self.library.emulator_step(ctypes.byref(p), int(state.dtype == torch.float64)))
+        return out, moved
+
+    def read(self, q: Tensor, state: Tensor, normalizer: Optional[Tensor], features: AddressFeatures) -> Tensor:
+        """``native.read``."""
+        out = _empty((*q.shape[:2], state.size(3)), q.dtype)
+        address, _held = _features(features, q, state)
+        p = Read(q.size(0), state.size(0), q.size(1), state.size(3), address, _token(q), _token(out), state.data_ptr())
+        p.normalizer = None if normalizer is None else normalizer.data_ptr()
+        self._check(self.library.emulator_read(ctypes.byref(p), int(state.dtype == torch.float64)))
+        return out
+
+    def _run(self, p: Problem, k: Tensor, backward: bool, multiprocessors: int) -> None:
         wide = int(state_dtype(k.dtype) == torch.float64)
-        if getattr(self.library, name)(ctypes.byref(p), ctypes.c_int64(_streams(k)), wide, int(backward), multiprocessors):
+        self._check(
+            self.library.emulator_scan(
+                ctypes.byref(p), ctypes.c_int64(_streams(k)), wide, int(backward), multiprocessors
+            )
+        )
+
+    def _check(self, status: int) -> None:
+        if status:
             raise LaunchError(self.library.emulator_error().decode())
+
+
+def _token(x: Tensor) -> Sequence:
+    assert x.dim() == 2 or x.stride(-1) == 1 or x.size(-1) == 1
+    return Sequence(x.data_ptr(), _TYPES.index(x.dtype), *x.stride()[:2])
+
+
+def _features(features: AddressFeatures, x: Tensor, state: Tensor) -> tuple[Features, Optional[Tensor]]:
+    feature_map, nu, normalization, projection = features
+    projection = None if projection is None else projection.to(state.dtype)
+    address = Features(
+        ["none", "elu", "favor", "dpfp", "tanh"].index(feature_map),
+        ["none", "sum", "l2"].index(normalization),
+        x.size(2),
+        state.size(2),
+        nu,
+        None if projection is None else projection.data_ptr(),
+    )
+    return address, projection
 
 
 def _streams(k: Tensor) -> int:

@@ -1,6 +1,6 @@
 // The kernels for a GPU, compiled for the processor, behind functions that Python can call (emulator.py).
 
-#include "fast_weights_scan.cuh"
+#include "fast_weights_kernels.cuh"
 
 namespace {
 
@@ -35,13 +35,22 @@ int scan(const fwp::Problem& p, int64_t streams, bool backward, int multiprocess
     return finish(fwp::gpu::launch_scan(p, launch, workspace.get(), nullptr));
 }
 
+template <class T>
+int step(const fwp::Step& p) {
+    const Buffer<int> scratch(p.new_places ? fwp::gpu::Descent::elements(p.rows, p.slots) : 0);
+    return finish(fwp::gpu::launch_step<T>(p, scratch.get(), nullptr));
+}
+
 }  // namespace
 
 extern "C" {
 
 const char* emulator_error() { return message.c_str(); }
 void emulator_seed(uint64_t seed) { emulated::machine().draw.seed(seed); }
-int64_t emulator_problem_bytes() { return sizeof(fwp::Problem); }
+int64_t emulator_bytes(int which) {
+    const size_t bytes[] = {sizeof(fwp::Problem), sizeof(fwp::Step), sizeof(fwp::Read)};
+    return int64_t(bytes[which]);
+}
 
 int64_t emulator_scan_tiles(const fwp::Problem* p, int64_t streams, int wide, int backward, int multiprocessors) {
     return wide ? plan<double>(*p, streams, backward, multiprocessors).tiles
@@ -53,4 +62,10 @@ int emulator_scan(const fwp::Problem* p, int64_t streams, int wide, int backward
                 : scan<float>(*p, streams, backward, multiprocessors);
 }
 
+int emulator_step(const fwp::Step* p, int wide) { return wide ? step<double>(*p) : step<float>(*p); }
+
+int emulator_read(const fwp::Read* p, int wide) {
+    return finish(wide ? fwp::gpu::launch_read<double>(*p, nullptr) : fwp::gpu::launch_read<float>(*p, nullptr));
 }
+
+}  // extern "C"
