@@ -17,6 +17,10 @@
 
 namespace fwp::gpu {
 
+// The largest Dk that kernels have room for. Accumulation in double is for tests of gradients.
+template <class T>
+constexpr int64_t kLargest = std::is_same_v<T, double> ? 256 : 512;
+
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 

@@ -379,10 +379,9 @@ struct Scan {
             const int64_t begin = segment * kSegment;
             const int64_t end = begin + kSegment < p.length ? begin + kSegment : p.length;
             __syncthreads();
+            // Each thread puts away, replaces and gets back the same elements of `memory`.
             store_memory(waiting, N, N);
-            __syncthreads();
             recompute(segment, begin, end, memories, us, retrieveds);
-            __syncthreads();
             load_memory(waiting, N, N);
             for (int64_t token = (end - 1) / kChunk * kChunk; token >= begin; token -= kChunk) {
                 const int64_t index = (token - begin) / kChunk;
@@ -395,7 +394,7 @@ struct Scan {
         if (p.grad_initial_state) store_memory(static_cast<T*>(p.grad_initial_state) + memory_at(), p.dv, columns);
     }
 
-    // Memories before the chunks of a segment, U and R.
+    // Memories before the chunks of a segment, U and R. Ends with a barrier.
     __device__ __forceinline__ void recompute(
         int64_t segment, int64_t begin, int64_t end, T* memories, T* us, T* retrieveds) {
         const T* from = segment ? static_cast<const T*>(p.borders) : static_cast<const T*>(p.initial_state);
@@ -491,9 +490,8 @@ struct Scan {
             if (s < t) symmetric[t * kPairsRow + s] = symmetric[s * kPairsRow + t] = key;
             if (s == t) symmetric[t * kPairsRow + s] = 0;
         }
-        __syncthreads();
 
-        // dQ, dK, dW0
+        // dQ, dK, dW0; what was written above is read after the first barrier in here
         const T scale = from_start[kChunk - 1];
         T of_start[2] = {}, of_end[2] = {}, of_memory = 0;
         for (int i = 0; i < slabs; ++i) {
@@ -675,13 +673,14 @@ ScanLaunch plan_scan(int64_t streams, int64_t dk, int64_t dv, bool backward, con
         const ScanLaunch middle = scan_launch<T, 32>(streams, dk, dv, backward);
         if (good(middle)) return middle;
     }
-    if (narrow.shared_bytes > device.shared_bytes) narrow.columns = 0;
+    if (dk > kLargest<T> || narrow.shared_bytes > device.shared_bytes) narrow.columns = 0;
     return narrow;
 }
 
 // `problem` is divided into tiles as `plan` says; `workspace`, for a backward pass, null for a forward pass.
 template <class T>
 cudaError_t launch_scan(Problem problem, const ScanLaunch& plan, T* workspace, cudaStream_t stream) {
+    if (!plan.columns) return cudaErrorInvalidValue;
     problem.blocks = plan.tiles, problem.block_columns = plan.columns;
     const auto run = [&](auto* kernel, auto... arguments) {
         return launch(kernel, plan.blocks, kThreads, plan.shared_bytes, stream, problem, arguments...);

@@ -138,7 +138,8 @@ struct Access {
         });
     }
 
-    // W^T of each vector of features, for this thread's column. Ends with a barrier.
+    // W^T of each vector of features, for this thread's column. Has one barrier: before the next call there must be
+    // another, that of make_features().
     template <int VECTORS>
     __device__ __forceinline__ void retrieve(T (&found)[VECTORS]) const {
 #pragma unroll
@@ -160,7 +161,6 @@ struct Access {
             for (int other = 0; other < kStepWarps; ++other)
                 found[v] += shares[v * kStepThreads + other * kWarp + lane];
         }
-        __syncthreads();
     }
 };
 
@@ -242,7 +242,6 @@ __global__ void __launch_bounds__(kStepThreads, (kStepBlocks<T, ROWS>))
                     if (i < dk) *at = decay * access.w[r] + k[i] * u;
                 }
             }
-            __syncthreads();  // before the next row's features
         }
     }
 }
@@ -277,19 +276,17 @@ __global__ void __launch_bounds__(kStepThreads, (kStepBlocks<T, ROWS>)) read_mem
 
 // --- Launches --------------------------------------------------------------------------------------------------------
 
-// The largest Dk. Accumulation in double is for tests: it has one kernel, and less room.
-template <class T>
-constexpr int64_t kLargestStep = std::is_same_v<T, double> ? 256 : 512;
-
-// Calls body(rows), an integral constant: registers of a memory for each thread, enough for Dk.
+// Calls body(rows), an integral constant: registers of a memory for each thread, enough for Dk. Accumulation in double
+// has one size.
 template <class T, class Body>
 cudaError_t with_rows(int64_t dk, const Body& body) {
+    if (dk > kLargest<T>) return cudaErrorInvalidValue;
     if constexpr (std::is_same_v<T, float>) {
         if (dk <= 8 * kStepWarps) return body(std::integral_constant<int, 8>());
         if (dk <= 16 * kStepWarps) return body(std::integral_constant<int, 16>());
         if (dk <= 32 * kStepWarps) return body(std::integral_constant<int, 32>());
     }
-    return body(std::integral_constant<int, kLargestStep<T> / kStepWarps>());
+    return body(std::integral_constant<int, kLargest<T> / kStepWarps>());
 }
 
 // `scratch`: Descent::elements() ints, or null where neither order nor places are given.

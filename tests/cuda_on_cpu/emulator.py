@@ -81,6 +81,15 @@ class Read(ctypes.Structure):
     ]
 
 
+class ScanLaunch(ctypes.Structure):
+    """``ScanLaunch`` of csrc/fast_weights_scan.cuh."""
+
+    _fields_ = [
+        ("columns", ctypes.c_int),
+        *((n, ctypes.c_int64) for n in ("tiles", "blocks", "shared_bytes", "workspace")),
+    ]
+
+
 class LaunchError(RuntimeError):
     """What the emulated device says went wrong."""
 
@@ -102,7 +111,6 @@ class Kernels:
         self.library = ctypes.CDLL(str(library))
         self.library.emulator_error.restype = ctypes.c_char_p
         self.library.emulator_bytes.restype = ctypes.c_int64
-        self.library.emulator_scan_tiles.restype = ctypes.c_int64
         for which, structure in enumerate((Problem, Step, Read)):
             assert self.library.emulator_bytes(which) == ctypes.sizeof(structure)
         self.seed(0)
@@ -110,6 +118,22 @@ class Kernels:
     def seed(self, seed: int) -> None:
         """Draw the order of threads and blocks from here on from ``seed``."""
         self.library.emulator_seed(ctypes.c_uint64(seed))
+
+    def leave_out(self, file: str = "", line: int = 0) -> None:
+        """Run without the barrier in a line of a file; by default with all of them."""
+        self.library.emulator_leave_out(file.encode(), line)
+
+    def make_mistake(self, which: int) -> None:
+        """Of the mistakes that were put into the sources make this one; 0 is none."""
+        self.library.emulator_make_mistake(which)
+
+    def plan(self, p: Problem, streams: int, wide: bool, backward: bool, multiprocessors: int) -> ScanLaunch:
+        """How the scan of a problem is launched."""
+        launch = ScanLaunch()
+        self.library.emulator_plan(
+            ctypes.byref(p), ctypes.c_int64(streams), int(wide), int(backward), multiprocessors, ctypes.byref(launch)
+        )
+        return launch
 
     def scan(self, q: Optional[Tensor], k: Tensor, v: Tensor, *others: Any, multiprocessors: int = 1) -> Any:
         """``torch.ops.fwp_fairseq.scan``: (q, k, v, write, erase, decay, initial_state, keep_borders)."""
@@ -145,8 +169,7 @@ class Kernels:
         if q is not None:
             assert grad_out is not None
             p.grad_out = _rows(grad_out)
-        wide = int(dtype == torch.float64)
-        tiles = self.library.emulator_scan_tiles(ctypes.byref(p), _streams(k), wide, 1, multiprocessors)
+        tiles = self.plan(p, _streams(k), dtype == torch.float64, True, multiprocessors).tiles
 
         def like(x: Optional[Tensor], dtype: torch.dtype, shared: bool = True) -> Optional[Tensor]:
             if x is None:

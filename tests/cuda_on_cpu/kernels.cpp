@@ -47,14 +47,28 @@ extern "C" {
 
 const char* emulator_error() { return message.c_str(); }
 void emulator_seed(uint64_t seed) { emulated::machine().draw.seed(seed); }
+
+// Leaves out the barrier in a line of a file; line 0: none.
+void emulator_leave_out(const char* file, int line) {
+    static std::string kept;
+    kept = file;
+    emulated::machine().missing_file = kept.c_str();
+    emulated::machine().missing_line = line;
+}
+
+// Which of the mistakes that a test has put into the sources is made; 0: none.
+int emulator_mistake = 0;
+void emulator_make_mistake(int which) { emulator_mistake = which; }
+
 int64_t emulator_bytes(int which) {
     const size_t bytes[] = {sizeof(fwp::Problem), sizeof(fwp::Step), sizeof(fwp::Read)};
     return int64_t(bytes[which]);
 }
 
-int64_t emulator_scan_tiles(const fwp::Problem* p, int64_t streams, int wide, int backward, int multiprocessors) {
-    return wide ? plan<double>(*p, streams, backward, multiprocessors).tiles
-                : plan<float>(*p, streams, backward, multiprocessors).tiles;
+void emulator_plan(
+    const fwp::Problem* p, int64_t streams, int wide, int backward, int multiprocessors, fwp::gpu::ScanLaunch* launch) {
+    *launch = wide ? plan<double>(*p, streams, backward, multiprocessors)
+                   : plan<float>(*p, streams, backward, multiprocessors);
 }
 
 int emulator_scan(const fwp::Problem* p, int64_t streams, int wide, int backward, int multiprocessors) {
