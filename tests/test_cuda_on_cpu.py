@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parent / "cuda_on_cpu"))
 
 import test_decoding  # noqa: E402
-from cases import decoding_error, scan_errors  # noqa: E402
-from emulator import SOURCES, Kernels, LaunchError, Problem, compile_kernels  # noqa: E402
+from cases import all_is_right, in_child, scan_errors  # noqa: E402
+from emulator import SOURCES, Kernels, Problem, compile_kernels  # noqa: E402
+from mistakes import compile_with_mistakes  # noqa: E402
 from test_ops_contract import make_inputs  # noqa: E402
 
 from fwp_fairseq.ops import native  # noqa: E402
@@ -227,67 +228,6 @@ def test_more_rows_than_threads_find_places(on_cpu):
 # --- What these tests notice ------------------------------------------------------------------------------------------
 
 
-def in_child(check) -> bool:
-    """Whether a check holds, in a process of its own: it may end it."""
-    child = os.fork()
-    if not child:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        try:
-            os._exit(0 if check() else 1)
-        except BaseException:
-            os._exit(1)
-    return os.waitpid(child, 0)[1] == 0
-
-
-def scans_are_right(kernels: Kernels) -> bool:
-    for shape, uses, options in (
-        ((1, 2, 150, 40, 20), (True, True, True), {}),
-        ((1, 1, 150, 40, 40), (True, True, False), {}),
-        ((1, 1, 40, 8, 20), (True, True, True), {}),
-        ((1, 1, 40, 8, 20), (False, True, False), {"queries": False}),
-        ((1, 1, 40, 8, 20), (False, False, False), {}),
-        ((1, 1, 40, 8, 20), (False, False, True), {"queries": False}),
-    ):
-        try:
-            errors = scan_errors(kernels, shape, uses, torch.float64 if options else torch.float32, **options)
-        except LaunchError:
-            return False
-        if max(errors.values()) > 2e-5:
-            return False
-    return True
-
-
-def steps_are_right(kernels: Kernels) -> bool:
-    orders = [None, [5, 5, 5, 0, 1, 1], [2, 2, 2, 2, 2, 2], [3, 1, 1, 0], [1, 1, 0]]
-    many = [[i // 2 for i in range(600)], [i // 2 for i in range(300)]]
-    try:
-        return (
-            all(
-                decoding_error(kernels, "gated-delta", *reading, orders) < 1e-4
-                for reading in (("favor", "sum", True), ("favor", "l2", False), ("dpfp", "sum", True))
-            )
-            and all(reads_are_right(kernels, normalized) for normalized in (False, True))
-            and decoding_error(kernels, "sum", "elu", "sum", False, many, rows=600) < 1e-4
-        )
-    except LaunchError:
-        return False
-
-
-def reads_are_right(kernels: Kernels, normalized: bool) -> bool:
-    plain, native.read = native.read, kernels.read
-    try:
-        test_decoding.test_rows_read_the_memory_they_share("dpfp", "sum", normalized)
-        return True
-    except AssertionError:
-        return False
-    finally:
-        native.read = plain
-
-
-def all_is_right(kernels: Kernels, file: str) -> bool:
-    return scans_are_right(kernels) if "scan" in file else steps_are_right(kernels)
-
-
 def barriers() -> list[tuple[str, int]]:
     return [
         (path.name, number)
@@ -301,10 +241,22 @@ def barriers() -> list[tuple[str, int]]:
 def test_without_any_one_barrier_results_are_wrong(kernels, file, line):
     def right() -> bool:
         kernels.leave_out(file, line)
-        for seed in range(4):
-            kernels.seed(seed)
-            if not all_is_right(kernels, file):
-                return False
-        return True
+        return all(all_is_right(kernels, file, seed) for seed in range(4))
 
     assert not in_child(right), f"{file}, line {line}: nothing depends on this barrier"
+
+
+def test_nothing_leaves_its_buffers_and_mistakes_are_noticed(tmp_path):
+    """With the address sanitizer, which is a library that has to be there before Python is."""
+    runtime = [subprocess.check_output(["g++", f"-print-file-name={n}"], text=True) for n in ("libasan.so", "libstdc++.so.6")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "LD_PRELOAD": " ".join(path.strip() for path in runtime),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",
+    }
+    script = ROOT / "tests" / "cuda_on_cpu" / "mistakes.py"
+    run = subprocess.run(
+        [sys.executable, script, compile_with_mistakes(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

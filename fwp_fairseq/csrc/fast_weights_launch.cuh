@@ -1,4 +1,4 @@
-// What launching a kernel takes, from the binding and from tests alike.
+// What launching a kernel takes.
 
 #pragma once
 
@@ -7,12 +7,6 @@
 #include <cstdint>
 
 namespace fwp::gpu {
-
-// What a device has; filled in by whoever launches.
-struct Device {
-    int multiprocessors;
-    int64_t shared_bytes;  // that a block may ask for
-};
 
 // Shared memory above 48 KB has to be asked for. Blocks are in one row.
 template <class Kernel, class... Arguments>

@@ -26,6 +26,7 @@
 
 #pragma once
 
+#include "fast_weights_cuda.h"
 #include "fast_weights_device.cuh"
 #include "fast_weights_launch.cuh"
 
@@ -645,12 +646,6 @@ __global__ void __launch_bounds__(kThreads, 2) scan_backward(const __grid_consta
 
 // --- Launches --------------------------------------------------------------------------------------------------------
 
-struct ScanLaunch {
-    int columns = 0;  // N; 0: no kernel fits this problem and device
-    int64_t tiles = 0, blocks = 0, shared_bytes = 0;
-    int64_t workspace = 0;  // elements, of the type of accumulation, for a backward pass
-};
-
 template <class T, int N>
 ScanLaunch scan_launch(int64_t streams, int64_t dk, int64_t dv, bool backward) {
     const int64_t tiles = (dv + N - 1) / N;
@@ -677,19 +672,20 @@ ScanLaunch plan_scan(int64_t streams, int64_t dk, int64_t dv, bool backward, con
     return narrow;
 }
 
-// `problem` is divided into tiles as `plan` says; `workspace`, for a backward pass, null for a forward pass.
+// `problem` is divided into tiles as `plan` says.
 template <class T>
-cudaError_t launch_scan(Problem problem, const ScanLaunch& plan, T* workspace, cudaStream_t stream) {
+cudaError_t launch_scan(Problem problem, const ScanLaunch& plan, bool backward, void* workspace, cudaStream_t stream) {
     if (!plan.columns) return cudaErrorInvalidValue;
     problem.blocks = plan.tiles, problem.block_columns = plan.columns;
     const auto run = [&](auto* kernel, auto... arguments) {
         return launch(kernel, plan.blocks, kThreads, plan.shared_bytes, stream, problem, arguments...);
     };
+    T* space = static_cast<T*>(workspace);
     if constexpr (std::is_same_v<T, float>) {
         if (plan.columns == 64) return run(&scan_forward<T, 64>);
-        if (plan.columns == 32) return workspace ? run(&scan_backward<T, 32>, workspace) : run(&scan_forward<T, 32>);
+        if (plan.columns == 32) return backward ? run(&scan_backward<T, 32>, space) : run(&scan_forward<T, 32>);
     }
-    return workspace ? run(&scan_backward<T, 16>, workspace) : run(&scan_forward<T, 16>);
+    return backward ? run(&scan_backward<T, 16>, space) : run(&scan_forward<T, 16>);
 }
 
 }  // namespace fwp::gpu

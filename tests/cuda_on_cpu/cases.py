@@ -1,10 +1,14 @@
 """What the kernels are tried on, and how far they are from the definition."""
 
+import faulthandler
+import os
+import signal
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
-from emulator import Kernels
-from test_decoding import Hypotheses
+from emulator import Kernels, LaunchError
+from test_decoding import Hypotheses, test_rows_read_the_memory_they_share
 from test_ops_contract import make_inputs
 from torch import Tensor
 
@@ -97,3 +101,67 @@ def decoding_error(
     finally:
         native.step = plain
     return worst
+
+
+def in_child(check: Callable[[], bool]) -> bool:
+    """Whether a check holds, in a process of its own: it may end it."""
+    child = os.fork()
+    if not child:
+        faulthandler.disable()
+        signal.alarm(60)  # for a loop without end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        try:
+            os._exit(0 if check() else 1)
+        except BaseException:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def scans_are_right(kernels: Kernels) -> bool:
+    for shape, uses, options in (
+        ((1, 2, 150, 40, 20), (True, True, True), {}),
+        ((1, 1, 150, 40, 40), (True, True, False), {}),
+        ((1, 1, 40, 8, 20), (True, True, True), {}),
+        ((1, 1, 40, 8, 20), (False, True, False), {"queries": False}),
+        ((1, 1, 40, 8, 20), (False, False, False), {}),
+        ((1, 1, 40, 8, 20), (False, False, True), {"queries": False}),
+    ):
+        try:
+            errors = scan_errors(kernels, shape, uses, torch.float64 if options else torch.float32, **options)
+        except LaunchError:
+            return False
+        if max(errors.values()) > 2e-5:
+            return False
+    return True
+
+
+def steps_are_right(kernels: Kernels) -> bool:
+    orders = [None, [5, 5, 5, 0, 1, 1], [2, 2, 2, 2, 2, 2], [3, 1, 1, 0], [1, 1, 0]]
+    try:
+        return (
+            all(
+                decoding_error(kernels, "gated-delta", *reading, orders) < 1e-4
+                for reading in (("favor", "sum", True), ("favor", "l2", False), ("dpfp", "sum", True))
+            )
+            and all(reads_are_right(kernels, normalized) for normalized in (False, True))
+            and decoding_error(kernels, "sum", "elu", "sum", False, [[i // 2 for i in range(280)]], rows=280) < 1e-4
+        )
+    except LaunchError:
+        return False
+
+
+def reads_are_right(kernels: Kernels, normalized: bool) -> bool:
+    plain, native.read = native.read, kernels.read
+    try:
+        test_rows_read_the_memory_they_share("dpfp", "sum", normalized)
+        return True
+    except AssertionError:
+        return False
+    finally:
+        native.read = plain
+
+
+def all_is_right(kernels: Kernels, file: str, seed: int) -> bool:
+    """Whether what uses a source file gives what it should, with one order of threads."""
+    kernels.seed(seed)
+    return scans_are_right(kernels) if "scan" in file else steps_are_right(kernels)

@@ -6,7 +6,8 @@
 // the size that the launch asks for, filled with NaN, so that the address sanitizer sees what leaves it. A barrier that
 // some threads never reach, or that threads reach at different places, is an error of the launch.
 //
-// To see that tests notice, a barrier can be left out while they run (missing_file, missing_line).
+// To see that tests notice, a barrier can be left out while they run (missing_file, missing_line), and mistakes that
+// a test has put into the sources, with mistake(), can be made one at a time.
 
 #pragma once
 
@@ -76,6 +77,9 @@ emulated_switch:
 extern "C" void emulated_switch(void** left, void* entered);
 
 namespace emulated {
+
+inline int mistake_made = 0;
+inline int mistake(int which) { return mistake_made == which; }  // 1: make it
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 256 * 1024;

@@ -82,7 +82,7 @@ class Read(ctypes.Structure):
 
 
 class ScanLaunch(ctypes.Structure):
-    """``ScanLaunch`` of csrc/fast_weights_scan.cuh."""
+    """``ScanLaunch`` of csrc/fast_weights_cuda.h."""
 
     _fields_ = [
         ("columns", ctypes.c_int),

@@ -1,6 +1,6 @@
 // The kernels for a GPU, compiled for the processor, behind functions that Python can call (emulator.py).
 
-#include "fast_weights_kernels.cuh"
+#include "fast_weights_cuda_kernels.cu"
 
 namespace {
 
@@ -23,22 +23,13 @@ struct Buffer {
     T* get() const { return elements.get(); }
 };
 
-template <class T>
-fwp::gpu::ScanLaunch plan(const fwp::Problem& p, int64_t streams, bool backward, int multiprocessors) {
-    return fwp::gpu::plan_scan<T>(streams, p.dk, p.dv, backward, {multiprocessors, 64 * 1024});
-}
+constexpr fwp::gpu::Device device_with(int multiprocessors) { return {multiprocessors, 64 * 1024}; }
 
 template <class T>
-int scan(const fwp::Problem& p, int64_t streams, bool backward, int multiprocessors) {
-    const auto launch = plan<T>(p, streams, backward, multiprocessors);
+int scan(const fwp::Problem& p, int64_t streams, bool wide, bool backward, int multiprocessors) {
+    const auto launch = fwp::gpu::plan_scan(p, streams, wide, backward, device_with(multiprocessors));
     const Buffer<T> workspace(launch.workspace);
-    return finish(fwp::gpu::launch_scan(p, launch, workspace.get(), nullptr));
-}
-
-template <class T>
-int step(const fwp::Step& p) {
-    const Buffer<int> scratch(p.new_places ? fwp::gpu::Descent::elements(p.rows, p.slots) : 0);
-    return finish(fwp::gpu::launch_step<T>(p, scratch.get(), nullptr));
+    return finish(fwp::gpu::scan(p, launch, wide, backward, workspace.get(), nullptr));
 }
 
 }  // namespace
@@ -56,9 +47,7 @@ void emulator_leave_out(const char* file, int line) {
     emulated::machine().missing_line = line;
 }
 
-// Which of the mistakes that a test has put into the sources is made; 0: none.
-int emulator_mistake = 0;
-void emulator_make_mistake(int which) { emulator_mistake = which; }
+void emulator_make_mistake(int which) { emulated::mistake_made = which; }
 
 int64_t emulator_bytes(int which) {
     const size_t bytes[] = {sizeof(fwp::Problem), sizeof(fwp::Step), sizeof(fwp::Read)};
@@ -67,19 +56,19 @@ int64_t emulator_bytes(int which) {
 
 void emulator_plan(
     const fwp::Problem* p, int64_t streams, int wide, int backward, int multiprocessors, fwp::gpu::ScanLaunch* launch) {
-    *launch = wide ? plan<double>(*p, streams, backward, multiprocessors)
-                   : plan<float>(*p, streams, backward, multiprocessors);
+    *launch = fwp::gpu::plan_scan(*p, streams, wide, backward, device_with(multiprocessors));
 }
 
 int emulator_scan(const fwp::Problem* p, int64_t streams, int wide, int backward, int multiprocessors) {
-    return wide ? scan<double>(*p, streams, backward, multiprocessors)
-                : scan<float>(*p, streams, backward, multiprocessors);
+    return wide ? scan<double>(*p, streams, true, backward, multiprocessors)
+                : scan<float>(*p, streams, false, backward, multiprocessors);
 }
 
-int emulator_step(const fwp::Step* p, int wide) { return wide ? step<double>(*p) : step<float>(*p); }
-
-int emulator_read(const fwp::Read* p, int wide) {
-    return finish(wide ? fwp::gpu::launch_read<double>(*p, nullptr) : fwp::gpu::launch_read<float>(*p, nullptr));
+int emulator_step(const fwp::Step* p, int wide) {
+    const Buffer<int> scratch(fwp::gpu::step_scratch(*p));
+    return finish(fwp::gpu::step(*p, wide, scratch.get(), nullptr));
 }
+
+int emulator_read(const fwp::Read* p, int wide) { return finish(fwp::gpu::read(*p, wide, nullptr)); }
 
 }  // extern "C"
