@@ -2,10 +2,13 @@
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
+from typing import Optional
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "fwp_fairseq" / "csrc"
@@ -31,8 +34,8 @@ def compiled_operators() -> list[Extension]:
         Extension(
             # Named for its version of torch: what ops/native.py finds it by.
             f"fwp_fairseq._native_for_torch_{version}",
-            sources=[str(path.relative_to(ROOT)) for path in sorted(CSRC.glob("*.cpp"))],
-            depends=[str(path.relative_to(ROOT)) for path in sorted(CSRC.glob("*.h"))],
+            sources=[str(path.relative_to(ROOT)) for path in sorted(CSRC.glob("*.cpp")) if "cuda" not in path.name],
+            depends=[str(path.relative_to(ROOT)) for path in sorted(CSRC.glob("*.*h"))],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch_cpu", "c10"],
@@ -45,6 +48,63 @@ def compiled_operators() -> list[Extension]:
     ]
 
 
+def cuda_toolkit() -> Optional[Path]:
+    """Folder of the CUDA toolkit, if the torch that is here is one for CUDA."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None or CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
+        return None
+    return Path(CUDA_HOME)
+
+
+def cuda_architectures() -> list[str]:
+    """Options of nvcc: what TORCH_CUDA_ARCH_LIST asks for ("8.0;9.0+PTX"), or the GPUs of this machine, or all."""
+    import torch
+
+    wanted = re.findall(r"(\d+)\.(\d+[af]?)(\+PTX)?", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    if not wanted and torch.cuda.is_available():
+        found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+        wanted = [(str(major), str(minor), "") for major, minor in sorted(found)]
+    options = []
+    for major, minor, ptx in wanted:
+        for kind in ("sm", "compute") if ptx else ("sm",):
+            options.append(f"-gencode=arch=compute_{major}{minor},code={kind}_{major}{minor}")
+    return options or ["-arch=all-major"]
+
+
+class BuildOperators(build_ext):
+    """Builds the kernels for a GPU into the library, too, where there is a CUDA toolkit; else, or if it fails, without."""
+
+    def build_extension(self, extension: Extension) -> None:
+        toolkit = cuda_toolkit()
+        if toolkit is not None:
+            plain = {name: list(getattr(extension, name)) for name in CUDA_ADDS}
+            try:
+                self.add_cuda(extension, toolkit)
+                return super().build_extension(extension)
+            except Exception as error:  # from nvcc, the compiler or the linker
+                print(f"fwp-fairseq: without kernels for a GPU, they could not be built: {error}", file=sys.stderr)
+                for name, value in plain.items():
+                    setattr(extension, name, value)
+        super().build_extension(extension)
+
+    def add_cuda(self, extension: Extension, toolkit: Path) -> None:
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        kernels = folder / "fast_weights_cuda_kernels.o"
+        command = [str(toolkit / "bin" / "nvcc"), "-c", "-std=c++17", "-O3", "-Xcompiler=-fPIC", "--threads=2"]
+        source = CSRC / "fast_weights_cuda_kernels.cu"
+        subprocess.run([*command, *cuda_architectures(), str(source), "-o", str(kernels)], check=True)
+        extension.sources = [*extension.sources, str((CSRC / "fast_weights_cuda.cpp").relative_to(ROOT))]
+        extension.extra_objects = [*extension.extra_objects, str(kernels)]
+        extension.include_dirs = [*extension.include_dirs, str(toolkit / "include")]
+        extension.library_dirs = [*extension.library_dirs, str(toolkit / "lib64")]
+        extension.libraries = [*extension.libraries, "c10_cuda", "cudart"]
+
+
+CUDA_ADDS = ("sources", "extra_objects", "include_dirs", "library_dirs", "libraries")
+
 setup(
     name="fwp-fairseq",
     version=VERSION,
@@ -56,6 +116,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["fwp_fairseq", "fwp_fairseq.*"]),
     ext_modules=compiled_operators(),
+    cmdclass={"build_ext": BuildOperators},
     package_data={"fwp_fairseq": ["csrc/*"]},
     install_requires=["torch>=2.6", "sacrebleu", "sentencepiece", "subword-nmt"],
     extras_require={

@@ -22,8 +22,8 @@ needs_native = pytest.mark.skipif(native.unavailable is not None, reason=f"no co
 
 
 def backends(*without: str) -> pytest.MarkDecorator:
-    """Runs a test with every backend, except those named."""
-    names = sorted(set(BACKENDS) - set(without))
+    """Runs a test with every backend for a processor, except those named."""
+    names = sorted(set(BACKENDS) - {"fla"} - set(without))
     return pytest.mark.parametrize(
         "backend", [pytest.param(n, marks=needs_native if n == "native" else ()) for n in names]
     )

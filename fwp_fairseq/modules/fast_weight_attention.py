@@ -217,7 +217,7 @@ class FastWeightAttention(nn.Module):
             and not self.training
             and not torch.is_grad_enabled()
             and native.unavailable is None
-            and native.supports(query.device.type)
+            and native.supports(query.device.type, self.features.size, state_dtype(query.dtype))
         )
 
     def _step_natively(

@@ -11,13 +11,15 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from fwp_fairseq.ops import chunkwise, native, token_loop
+from fwp_fairseq.ops import chunkwise, fla, native, token_loop
 from fwp_fairseq.ops.numerics import state_dtype
 
 _Scan = Callable[..., tuple[Optional[Tensor], Tensor]]
 
 # A compiled backend joins the package, its checks and its contract tests by adding one entry.
-BACKENDS: dict[str, _Scan] = {"loop": token_loop.scan, "chunk": chunkwise.scan, "native": native.scan}
+BACKENDS: dict[str, _Scan] = {"loop": token_loop.scan, "chunk": chunkwise.scan, "native": native.scan, "fla": fla.scan}
+# These read q, k and v in their own type, and start without a state as well.
+_OWN_TYPES = ("native", "fla")
 
 
 def fast_weight_scan(
@@ -43,13 +45,14 @@ def fast_weight_scan(
     initial_state: (B, H, Dk, Dv), or None for zero. Differentiable in every tensor, also through the final state.
 
     backend: "loop" (the definition, one token at a time), "chunk" (parallel over time), "native" (parallel over time,
-        compiled), or "auto": "native" where it was built and has kernels for the device, else "chunk".
+        compiled), "fla" (flash-linear-attention's kernels, for the delta rules in half precision on a GPU), or "auto":
+        "native" where it was built and has kernels for the device and the size of keys, else "chunk".
     max_norm: after each write scale W down to this Frobenius norm if it is larger (1 for FWM); needs the loop.
     chunk_size: tokens per chunk of the "chunk" backend.
 
     Returns out (B, H, L, Dv) in v's type and the final state (B, H, Dk, Dv) in float32 (float64 for float64 inputs).
     Raises ValueError on shapes that do not fit, and on options that the backend does not have; RuntimeError where
-    "native" is asked for and is not there.
+    "native" or "fla" is asked for and is not there.
     """
     out, state = _run(q, k, v, write, erase, decay, initial_state, backend, max_norm, chunk_size)
     assert out is not None  # there were queries
@@ -123,12 +126,12 @@ def _run(
             f"initial_state has shape {tuple(initial_state.shape)}, it must be {state_shape}: (B, H, Dk, Dv)"
         )
     initial_state = None if initial_state is None else initial_state.to(dtype)
-    name = choose_backend(backend, max_norm, k.device.type)
+    name = choose_backend(backend, max_norm, k.device.type, k.size(3), dtype)
     if k.numel() == 0 or v.numel() == 0:
         state = k.new_zeros(state_shape, dtype=dtype) if initial_state is None else initial_state.clone()
         return None if q is None else v.new_zeros(v.shape), state
-    if name == "native":
-        return native.scan(q, k, v, write, erase, decay, initial_state)
+    if name in _OWN_TYPES:
+        return BACKENDS[name](q, k, v, write, erase, decay, initial_state)
     options: dict[str, Any] = {}
     if name == "loop" and max_norm is not None:
         options["max_norm"] = max_norm
@@ -140,12 +143,21 @@ def _run(
     return BACKENDS[name](*inputs, initial_state, **options)
 
 
-def choose_backend(backend: str, max_norm: Optional[float] = None, device_type: str = "cpu") -> str:
-    """Name of the backend that runs. Raises ValueError for an unknown one and for ``max_norm`` without the loop."""
+def choose_backend(
+    backend: str,
+    max_norm: Optional[float] = None,
+    device_type: str = "cpu",
+    d_k: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> str:
+    """Name of the backend that runs, for keys of ``d_k`` features and a state of ``dtype``.
+
+    Raises ValueError for an unknown one and for ``max_norm`` without the loop.
+    """
     if backend == "auto":
         if max_norm is not None:
             return "loop"
-        if not native.supports(device_type):
+        if not native.supports(device_type, d_k, dtype):
             return "chunk"
         if native.unavailable is not None:
             native.note_unavailable()

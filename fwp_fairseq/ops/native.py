@@ -49,9 +49,18 @@ def note_unavailable() -> None:
         logger.warning("fast weights run without their compiled operators, which are faster: %s", unavailable)
 
 
-def supports(device_type: str) -> bool:
-    """Whether there are kernels for a kind of device."""
-    return device_type == "cpu"
+def supports(device_type: str, d_k: int = 1, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether there are kernels for a kind of device, for keys of ``d_k`` features and a state of type ``dtype``.
+
+    On a GPU, whether the library that was loaded has them, which depends on where it was built.
+    """
+    return device_type == "cpu" or (device_type == "cuda" and d_k <= _largest_cuda_key(dtype))
+
+
+def _largest_cuda_key(dtype: torch.dtype) -> int:
+    if unavailable is not None or not hasattr(torch.ops.fwp_fairseq, "largest_cuda_key"):
+        return 0
+    return torch.ops.fwp_fairseq.largest_cuda_key(dtype == torch.float64)
 
 
 def scan(
@@ -69,9 +78,12 @@ def scan(
     """
     if unavailable is not None:
         raise RuntimeError(f"backend is 'native', but its compiled operators cannot be used: {unavailable}")
-    if not supports(k.device.type):
-        raise RuntimeError(f"backend is 'native', but there are no compiled operators for {k.device.type} tensors")
     dtype = torch.promote_types(k.dtype, v.dtype)
+    if not supports(k.device.type, k.size(3), state_dtype(dtype)):
+        raise RuntimeError(
+            f"backend is 'native', but there are no compiled operators for {k.device.type} tensors with keys of "
+            f"{k.size(3)} features"
+        )
     # What is not a type of the kernels (float8, say) is computed in the type of the state.
     dtype = dtype if dtype in _FLOATS else state_dtype(dtype)
     q, k, v = None if q is None else q.to(dtype), k.to(dtype), v.to(dtype)

@@ -108,7 +108,7 @@ def in_child(check: Callable[[], bool]) -> bool:
     child = os.fork()
     if not child:
         faulthandler.disable()
-        signal.alarm(60)  # for a loop without end
+        signal.alarm(30)  # for a loop without end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         try:
             os._exit(0 if check() else 1)

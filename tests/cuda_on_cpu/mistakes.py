@@ -32,7 +32,7 @@ MISTAKES = [
     (SCAN, "+ 3 * kChunk * kPairsRow;", "+ (3 - M) * kChunk * kPairsRow;"),
     (SCAN, "(kSegmentChunks + 1) * dk * N", "(kSegmentChunks + 1) * dk * N - M"),
     (SCAN, "for (int t = r; t < kChunk; ++t) later", "for (int t = r + M; t < kChunk; ++t) later"),
-    (SCAN, "(s <= t ? of_queries", "(s < t + 1 - M ? of_queries"),
+    (SCAN, "dp[t * kPairsRow + s + 1] =", "dp[t * kPairsRow + s + 1 - M] ="),
     (SCAN, "if (token + kChunk < end) advance", "if (token + (1 + M) * kChunk < end) advance"),
     (FEATURES, "at < shift ? at - shift + 2 * d_key", "at < shift - M ? at - shift + 2 * d_key"),
     (FEATURES, "int shift = i / (2 * d_key) + 1,", "int shift = i / (2 * d_key) + 1 - M,"),
@@ -40,8 +40,8 @@ MISTAKES = [
     (STEP, "if (i < dk) *at =", "if (i < dk + M) *at ="),
     (STEP, "if (column < dv) {", "if (column < dv + M) {"),
     (STEP, "+ warp < dk && column < dv ?", "+ warp < dk + M && column < dv ?"),
-    (STEP, "before + sums[side][thread] - 1", "before + sums[side][thread] - 1 + M"),
-    (STEP, "return rows + 3 * slots;", "return rows + 3 * slots - M;"),
+    (STEP, "(thread < distance ? 0", "(thread < distance + M ? 0"),
+    (STEP, "return rows + 3 * slots;", "return rows + 3 * slots - 4 * M;"),
     (STEP, "blockIdx.x) / tiles / int(read.heads);", "blockIdx.x) / tiles / (int(read.heads) + M);"),
 ]
 

@@ -1,0 +1,78 @@
+"""The kernels for a GPU compile for old and new ones, with everything in registers and shared memory; so does the binding.
+
+`python -m pytest -s tests/test_cuda_compile.py` prints registers for each kernel and architecture.
+"""
+
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils import cpp_extension
+
+SOURCES = ROOT / "fwp_fairseq" / "csrc"
+NVCC = shutil.which("nvcc") or next((str(p) for p in [Path("/usr/local/cuda/bin/nvcc")] if p.exists()), None)
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc of a CUDA toolkit")
+
+
+def architectures() -> list[str]:
+    """The oldest that this nvcc knows, the newest, and those of A100, A10 and H100."""
+    known = subprocess.check_output([str(NVCC), "--list-gpu-arch"], text=True)
+    numbers = sorted({int(n) for n in re.findall(r"compute_(\d+)", known)})
+    return [str(n) for n in numbers if n in (numbers[0], 80, 86, 90, numbers[-1])]
+
+
+def test_no_kernel_spills_registers_or_uses_local_memory(tmp_path):
+    wanted = architectures()
+    command = [str(NVCC), "-std=c++17", "-O3", "-fatbin", "--threads=2", "-Xptxas=-v,-warn-spills"]
+    command += [f"-gencode=arch=compute_{n},code=sm_{n}" for n in wanted]
+    source = SOURCES / "fast_weights_cuda_kernels.cu"
+    run = subprocess.run(
+        [*command, str(source), "-o", str(tmp_path / "kernels.fatbin")], capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr
+    report = run.stdout + run.stderr
+    found = re.findall(
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        report,
+        flags=re.DOTALL,
+    )
+    assert len(found) == report.count("Compiling entry function")
+    registers: dict[str, dict[str, int]] = defaultdict(dict)
+    for kernel, architecture, stack, stores, loads, used in found:
+        assert (stack, stores, loads) == ("0", "0", "0"), f"{kernel} spills on sm_{architecture}"
+        registers[readable(kernel)][architecture] = int(used)
+    for kernel, by_architecture in sorted(registers.items()):
+        assert sorted(by_architecture) == sorted(wanted), kernel
+        print(f"{kernel:<24}" + "".join(f"  sm_{n} {by_architecture[n]:>3}" for n in wanted))
+    names = [kernel.split("<")[0] for kernel in registers]
+    assert {name: names.count(name) for name in set(names)} == {
+        "scan_forward": 4, "scan_backward": 3, "write_and_read": 5, "read_memories": 5, "plan_step": 1,
+    }  # fmt: skip
+
+
+def readable(mangled: str) -> str:
+    """Name and template arguments of one of our kernels."""
+    match = re.match(r"_ZN3fwp3gpu\d+([a-z_]+?)(?:I([fd])Li(\d+)E)?E", mangled)
+    assert match is not None, mangled
+    name, kind, size = match.groups()
+    return name if kind is None else f"{name}<{'float' if kind == 'f' else 'double'}, {size}>"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_binding_compiles():
+    includes = cpp_extension.include_paths()
+    if torch.version.cuda is None:
+        # The one header that a torch for the CPU lacks.
+        includes = [str(ROOT / "tests" / "cuda_stub"), *includes]
+    includes.append(str(Path(str(NVCC)).resolve().parent.parent / "include"))
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", "-Wno-psabi"]
+    command += [f"-I{SOURCES}", *(f"-isystem{path}" for path in includes), str(SOURCES / "fast_weights_cuda.cpp")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
