@@ -53,7 +53,9 @@ def cuda_toolkit() -> Optional[Path]:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
-    if torch.version.cuda is None or CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
+    # It may have found a script that calls nvcc, with nothing else of the toolkit around.
+    parts = ("bin/nvcc", "include/cuda_runtime_api.h")
+    if torch.version.cuda is None or CUDA_HOME is None or not all(Path(CUDA_HOME, part).exists() for part in parts):
         return None
     return Path(CUDA_HOME)
 
@@ -74,7 +76,7 @@ def cuda_architectures() -> list[str]:
 
 
 class BuildOperators(build_ext):
-    """Builds the kernels for a GPU into the library, too, where there is a CUDA toolkit; else, or if it fails, without."""
+    """Builds the kernels for a GPU into the library, where there is a CUDA toolkit and they compile; else without."""
 
     def build_extension(self, extension: Extension) -> None:
         toolkit = cuda_toolkit()

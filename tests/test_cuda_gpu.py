@@ -12,7 +12,9 @@ from fwp_fairseq.ops import fast_weight_scan, native
 from fwp_fairseq.ops.fast_weights import choose_backend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-needs_kernels = pytest.mark.skipif(not native.supports("cuda"), reason="the library was built without kernels for a GPU")
+needs_kernels = pytest.mark.skipif(
+    not native.supports("cuda"), reason="the library was built without kernels for a GPU"
+)
 backends = pytest.mark.parametrize("backend", [pytest.param("native", marks=needs_kernels), "chunk"])
 
 
@@ -97,7 +99,13 @@ def plain_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     step, read = native.step, native.read
 
     def moved(x):
-        return x._replace(projection=moved(x.projection)) if hasattr(x, "_replace") else x.cuda() if torch.is_tensor(x) else x
+        return (
+            x._replace(projection=moved(x.projection))
+            if hasattr(x, "_replace")
+            else x.cuda()
+            if torch.is_tensor(x)
+            else x
+        )
 
     def step_here(*arguments, **options):
         there = [moved(x) for x in arguments]

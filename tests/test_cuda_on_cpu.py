@@ -51,7 +51,14 @@ def check_scan(kernels: Kernels, shape, uses, dtype, **options) -> None:
 # --- The recurrence ---------------------------------------------------------------------------------------------------
 
 # One token; a chunk, and one more; over a segment's border; several slabs of keys; several tiles of values, with tails.
-SHAPES = [(2, 3, 1, 4, 5), (1, 1, 16, 8, 8), (2, 1, 17, 3, 9), (1, 2, 150, 16, 1), (1, 1, 145, 40, 33), (1, 1, 20, 70, 75)]
+SHAPES = [
+    (2, 3, 1, 4, 5),
+    (1, 1, 16, 8, 8),
+    (2, 1, 17, 3, 9),
+    (1, 2, 150, 16, 1),
+    (1, 1, 145, 40, 33),
+    (1, 1, 20, 70, 75),
+]
 
 
 @pytest.mark.parametrize("uses", ALL_USES)
@@ -248,7 +255,9 @@ def test_without_any_one_barrier_results_are_wrong(kernels, file, line):
 
 def test_nothing_leaves_its_buffers_and_mistakes_are_noticed(tmp_path):
     """With the address sanitizer, which is a library that has to be there before Python is."""
-    runtime = [subprocess.check_output(["g++", f"-print-file-name={n}"], text=True) for n in ("libasan.so", "libstdc++.so.6")]
+    runtime = [
+        subprocess.check_output(["g++", f"-print-file-name={n}"], text=True) for n in ("libasan.so", "libstdc++.so.6")
+    ]
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -257,6 +266,10 @@ def test_nothing_leaves_its_buffers_and_mistakes_are_noticed(tmp_path):
     }
     script = ROOT / "tests" / "cuda_on_cpu" / "mistakes.py"
     run = subprocess.run(
-        [sys.executable, script, compile_with_mistakes(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, script, compile_with_mistakes(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert run.returncode == 0, run.stdout + run.stderr

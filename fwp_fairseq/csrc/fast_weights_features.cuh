@@ -39,6 +39,7 @@ __device__ __forceinline__ void block_sums(T (&x)[COUNT], T* scratch) {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
         x[i] = 0;
+#pragma unroll 1
         for (int w = 0; w < kStepWarps; ++w) x[i] += scratch[i * kStepWarps + w];
     }
     __syncthreads();
@@ -57,6 +58,7 @@ __device__ __forceinline__ void block_maxima(T (&x)[COUNT], T* scratch) {
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
+#pragma unroll 1
         for (int w = 0; w < kStepWarps; ++w) x[i] = larger(x[i], scratch[i * kStepWarps + w]);
     __syncthreads();
 }

@@ -23,7 +23,7 @@ def scan(
     decay: Optional[Tensor],
     initial_state: Optional[Tensor],
 ) -> tuple[Optional[Tensor], Tensor]:
-    """Same contract as ``token_loop.scan``, for bfloat16 or float16 tensors on a GPU and rules that erase what they write.
+    """Same contract as ``token_loop.scan``, for half-precision tensors on a GPU and rules with erase equal to write.
 
     Raises ValueError for what those kernels do not have, RuntimeError without the package.
     """

@@ -184,7 +184,9 @@ class Kernels:
         p.grad_initial_state = None if start is None else start.data_ptr()
         self._run(p, k, True, multiprocessors)
         inputs = (q, k, v, *gates)
-        summed = [g.sum(0) if g is not None and x is not None and g.dim() > x.dim() else g for g, x in zip(grads, inputs)]
+        summed = [
+            g.sum(0) if g is not None and x is not None and g.dim() > x.dim() else g for g, x in zip(grads, inputs)
+        ]
         return [*summed, start]
 
     def step(

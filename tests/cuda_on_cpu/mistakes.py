@@ -1,7 +1,8 @@
 """Puts mistakes into the kernels, off by one each, and says which of them nobody notices.
 
-Its argument is the library that compile_with_mistakes() made. Run with the runtime of the address sanitizer loaded, since some of them only read or write where they must not. Exit
-status 0: without a mistake all is right and nothing leaves its buffers, and every mistake is noticed.
+Its argument is the library that compile_with_mistakes() made. Run with the runtime of the address sanitizer loaded,
+since some of them only read or write where they must not. Exit status 0: without a mistake all is right and nothing
+leaves its buffers, and every mistake is noticed.
 """
 
 import shutil
