@@ -60,19 +60,25 @@ def cuda_toolkit() -> Optional[Path]:
     return Path(CUDA_HOME)
 
 
-def cuda_architectures() -> list[str]:
-    """Options of nvcc: what TORCH_CUDA_ARCH_LIST asks for ("8.0;9.0+PTX"), or the GPUs of this machine, or all."""
+def cuda_architectures(nvcc: Path) -> list[str]:
+    """Options of nvcc: as in TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), or for this machine's GPUs, or from Volta on."""
     import torch
 
     wanted = re.findall(r"(\d+)\.(\d+[af]?)(\+PTX)?", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
     if not wanted and torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
         wanted = [(str(major), str(minor), "") for major, minor in sorted(found)]
-    options = []
-    for major, minor, ptx in wanted:
-        for kind in ("sm", "compute") if ptx else ("sm",):
-            options.append(f"-gencode=arch=compute_{major}{minor},code={kind}_{major}{minor}")
-    return options or ["-arch=all-major"]
+    if not wanted:
+        known = subprocess.check_output([str(nvcc), "--list-gpu-arch"], text=True)
+        numbers = sorted(int(number) for number in re.findall(r"compute_(\d+)\b", known) if int(number) >= 70)
+        # The first of each generation runs on all of it.
+        first = {number // 10: number for number in reversed(numbers)}
+        wanted = [(str(major), str(number % 10), "") for major, number in sorted(first.items())]
+    return [
+        f"-gencode=arch=compute_{major}{minor},code={kind}_{major}{minor}"
+        for major, minor, ptx in wanted
+        for kind in (("sm", "compute") if ptx else ("sm",))
+    ]
 
 
 class BuildOperators(build_ext):
@@ -95,9 +101,10 @@ class BuildOperators(build_ext):
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
         kernels = folder / "fast_weights_cuda_kernels.o"
-        command = [str(toolkit / "bin" / "nvcc"), "-c", "-std=c++17", "-O3", "-Xcompiler=-fPIC", "--threads=2"]
+        nvcc = toolkit / "bin" / "nvcc"
+        command = [str(nvcc), "-c", "-std=c++17", "-O3", "-Xcompiler=-fPIC", "--threads=2"]
         source = CSRC / "fast_weights_cuda_kernels.cu"
-        subprocess.run([*command, *cuda_architectures(), str(source), "-o", str(kernels)], check=True)
+        subprocess.run([*command, *cuda_architectures(nvcc), str(source), "-o", str(kernels)], check=True)
         extension.sources = [*extension.sources, str((CSRC / "fast_weights_cuda.cpp").relative_to(ROOT))]
         extension.extra_objects = [*extension.extra_objects, str(kernels)]
         extension.include_dirs = [*extension.include_dirs, str(toolkit / "include")]

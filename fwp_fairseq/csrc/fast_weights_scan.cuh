@@ -11,13 +11,13 @@
 //     remaining  P, and gates
 // and in the backward pass dO with dR (32 x N), the slab's rows of W0 (32 x N) and dP. Everything that has Dk in it is a
 // sum over slabs or is done slab by slab, so that only `memory` grows with Dk: N of 64, 32 and 16 hold Dk of 128, 256
-// and 512 in about 48 KB (backward: N = 32 and 16 hold 160 and 384; above that up to 58 KB, for which a launch asks).
+// and 480 in 48 KB (backward: N = 32 and 16 hold 160 and 384); up to Dk = 512 it is 58 KB, for which a launch asks.
 //
 // Work for each token and tile, multiply and add counted apart: forward 6 Dk N, beside 4 * 16 Dk of overlaps, which
 // every tile computes again, so that a wide tile has the least to do; narrow tiles are for filling the device. From
 // global memory come 2 Dk (keys twice where Dk > 32, the second time from a cache) + 2 N numbers for each token and
-// tile; that is 1.5 N FLOPs for each byte of float32, so from N = 32 on shared memory is what bounds it: of the four
-// numbers that a thread reads at once there, each is multiplied 2 to 4 times.
+// tile: 6 Dk N / (8 Dk + 8 N) FLOPs for each byte of float32, 24 for Dk = N = 64. Shared memory has to give much more:
+// what a thread reads there at once, up to four numbers, is multiplied 2 to 4 times each.
 //
 // Backward: memories at every kSegment-th token are kept from the forward pass. A block computes those at the chunks of
 // one segment again, in `memory`, and leaves them, U and R in its part of the workspace, where dW waits meanwhile. Writes
