@@ -156,29 +156,36 @@ def peak_memory(function: Callable[[], object]) -> Optional[float]:
     return (resident("VmHWM") - before) / 1024
 
 
-def measure(shape: Shape, repeats: int, loop: bool) -> list[Row]:
-    """Time everything for one shape."""
+def make_inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, write strength and decay that all implementations get."""
     generator = torch.Generator().manual_seed(1)
+    b, h, length, d_k, d_v = shape
 
     def uniform(*sizes: int) -> Tensor:
         return torch.rand(*sizes, generator=generator)
 
-    b, h, length, d_k, d_v = shape
     q, k = (uniform(b, h, length, d_k).softmax(dim=-1).requires_grad_() for _ in range(2))
-    v = uniform(b, h, length, d_v).requires_grad_()
-    beta = uniform(b, h, length).requires_grad_()
-    decay = (1 - uniform(b, h, length) / 100).requires_grad_()
-    grad = uniform(b, h, length, d_v)
-    inputs = (q, k, v, beta, decay)
+    v, beta = uniform(b, h, length, d_v).requires_grad_(), uniform(b, h, length).requires_grad_()
+    return q, k, v, beta, (1 - uniform(b, h, length) / 100).requires_grad_()
+
+
+def forward_and_backward(function: Attention, inputs: tuple[Tensor, ...], grad: Tensor) -> None:
+    torch.autograd.grad(function(*inputs), inputs, grad, allow_unused=True)
+
+
+def measure(shape: Shape, repeats: int, loop: bool) -> list[Row]:
+    """Time everything for one shape."""
+    inputs = make_inputs(shape)
+    grad = torch.rand_like(inputs[2])
 
     def forward_only(function: Attention) -> None:
         with torch.no_grad():
             function(*inputs)
 
     def both(function: Attention) -> None:
-        torch.autograd.grad(function(*inputs), inputs, grad, allow_unused=True)
+        forward_and_backward(function, inputs, grad)
 
-    square = uniform(1024, 1024)
+    square = torch.rand(1024, 1024)
     timed = list(candidates(shape, loop))
     peaks = []
     for _, _, function in timed:
@@ -211,7 +218,7 @@ def measure(shape: Shape, repeats: int, loop: bool) -> list[Row]:
         spread = 100 * (quartiles[2] - quartiles[0]) / both_s
         rate = sum(flops(rule, shape)) / both_s / 1e9 if name == "native" else None
         share = None if rate is None else 100 * rate / machine
-        row = Row(str(shape), length, rule, name, forward_s * 1e3, both_s * 1e3, spread, rate, share, peak)
+        row = Row(str(shape), shape.length, rule, name, forward_s * 1e3, both_s * 1e3, spread, rate, share, peak)
         rows.append(row)
         print(format_row(row), flush=True)
     return rows
@@ -254,11 +261,19 @@ def claims(rows: list[Row]) -> Iterator[str]:
         if small and large and small.peak_mib and large.peak_mib:
             ratio_of_peaks = small.peak_mib / large.peak_mib
             yield f"{rule}, peak memory at L = {LENGTHS[-1]}, native / token loop: {ratio_of_peaks:.3f}"
+
+
+def growth(repeats: int) -> Iterator[str]:
+    """What a token costs in a long sequence and in a short one, in turns: a machine's speed changes by the hour."""
+    short, long = (make_inputs(sweep_shape(length)) for length in (512, LENGTHS[-1]))
     for rule in ("sum", "delta"):
-        by_length = {r.length: r for r in rows if r.rule == rule and r.implementation == "native" and is_sweep(r)}
-        if 512 in by_length and LENGTHS[-1] in by_length:
-            growth = by_length[LENGTHS[-1]].both_ms / by_length[512].both_ms
-            yield f"{rule}, native, time for a token at L = {LENGTHS[-1]} / at L = 512: {growth:.2f}"
+        cases = [(ours("native", rule), inputs, torch.rand_like(inputs[2])) for inputs in (short, long)]
+        ratios = []
+        for _ in range(3 * repeats + 1):
+            seconds = [clock(lambda case=case: forward_and_backward(*case)) for case in cases]  # type: ignore[misc]
+            ratios.append(seconds[1] / seconds[0])
+        ratio = statistics.median(ratios[1:])
+        yield f"{rule}, native, time for a token at L = {LENGTHS[-1]} / at L = 512: {ratio:.2f}"
 
 
 def is_sweep(row: Row) -> bool:
@@ -346,6 +361,9 @@ def main() -> int:
     print()
     for claim in claims(rows):
         print(claim)
+    if options.only in (None, "lengths"):
+        for claim in growth(options.repeats):
+            print(claim, flush=True)
     if options.only in (None, "lengths"):
         plot(rows, options.output / "operators.png")
     return 0
