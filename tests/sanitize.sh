@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the compiled operators with the address sanitizer, in a copy, and runs their tests: any read or write outside
-# of a buffer ends the run. Uses the active environment, which needs torch, fairseq, pytest, hypothesis and a C++ compiler (gcc).
-# Arguments go to pytest.
+# of a buffer ends the run. Uses the active environment, which needs torch, fairseq, pytest, hypothesis and a C++
+# compiler (gcc). Arguments go to pytest.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
