@@ -30,8 +30,8 @@ from fwp_fairseq.ops import fast_weight_scan, native
 
 CHUNK = 16  # kChunk of the native kernels
 
-# Token loops would take most of the time of the run. In those above so many tokens the gradients of slices, each as long
-# as the sequence, take minutes: they run once.
+# Token loops would take most of the time of the run. Those of more tokens take minutes, because the gradient of a slice
+# is as long as the sequence: they run once.
 LOOP_REPEATS = 3
 LONG_LOOP = 4096
 
