@@ -75,7 +75,7 @@ def judge(claim: str, found: list[tuple[str, float]], holds: Callable[[float], b
 
 
 def agreement(losses: Losses, authors: dict[tuple[str, bool, int], tuple[float, int]]) -> Verdict:
-    """Whether enough best losses, means over seeds, are near the authors'. Where theirs is NaN there is none to meet."""
+    """Whether enough best losses, means over seeds, are near the authors'. Where theirs is NaN there is none."""
     claim = f"best losses are within a factor of {FACTOR:g}, or {DIFFERENCE}, of the authors' at {SHARE:.0%} of points"
     compared, far = 0, []
     for point, several in sorted(losses.items()):

@@ -74,10 +74,13 @@ def draw_losses(axes: Any, name: str, figure: Figure, points: Points) -> bool:
     for model in figure.models:
         label, colour, marker, dashes = STYLES[model]
         label = BY_RULE.get(model, label) if figure.with_replacement else label
-        theirs = [(size, authors[model, figure.with_replacement, size][0]) for size in figure.sizes]
+        theirs = [(at[2], loss) for at, (loss, _) in authors.items() if at[:2] == (model, figure.with_replacement)]
         axes.plot(*zip(*theirs), color=colour, linestyle=dashes, linewidth=0.8, zorder=1)
-        at = {size: points.get((model, figure.with_replacement, size)) for size in figure.sizes}
-        ours = [(size, sum(r.best for r in results) / len(results)) for size, results in at.items() if results]
+        ours = [
+            (at[2], sum(result.best for result in results) / len(results))
+            for at, results in points.items()
+            if at[:2] == (model, figure.with_replacement)
+        ]
         if ours:
             drawn = True
             style = {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 5, "linewidth": 2}

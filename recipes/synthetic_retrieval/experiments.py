@@ -30,7 +30,7 @@ FEATURES = {
 _SUM_FEATURES = ("elu", "favor64", "favor128", "favor512", "dpfp1", "dpfp2", "dpfp3")
 CAPACITY_MODELS = ("softmax", *(f"{features}_sum" for features in _SUM_FEATURES))
 _DELTA_FEATURES = ("elu", "favor64", "favor128", "dpfp1", "dpfp2")
-UPDATE_MODELS = ("dpfp1_sum", *(f"{features}_delta" for features in _DELTA_FEATURES), "dpfp1_fwm", "tanh_fwm")
+UPDATE_MODELS = ("dpfp1_sum", *(f"{features}_delta" for features in _DELTA_FEATURES), "dpfp1_fwm")
 
 
 @dataclass(frozen=True, order=True)
@@ -96,6 +96,7 @@ class Figure:
     sizes: tuple[int, ...]
     seeds: tuple[int, ...] = (1,)
     quick_sizes: tuple[int, ...] = ()
+    more_models: tuple[str, ...] = ()  # which run only where they are named
 
     def runs(self, sizes: Iterable[int], seeds: Iterable[int], models: Iterable[str]) -> list[Run]:
         return [Run(model, self.with_replacement, size, seed) for size in sizes for seed in seeds for model in models]
@@ -105,7 +106,8 @@ FIGURES = {
     "figure2": Figure(CAPACITY_MODELS, False, tuple(range(20, 601, 20)), quick_sizes=(20, 60, 100, 160, 240)),
     "figure3": Figure(("dpfp1_sum", "dpfp1_delta", "dpfp1_fwm", "tanh_fwm"), True, (20,), (1, 2, 3), (20,)),
     "figure4": Figure(CAPACITY_MODELS, False, (600,), quick_sizes=(240,)),
-    "figure5": Figure(UPDATE_MODELS, True, tuple(range(20, 201, 20)), quick_sizes=(20, 60)),
+    # The losses of tanh with FWM, up to 95, are beyond what the figure shows, and would take days.
+    "figure5": Figure(UPDATE_MODELS, True, tuple(range(20, 201, 20)), quick_sizes=(20, 60), more_models=("tanh_fwm",)),
 }
 
 FIELDS = [

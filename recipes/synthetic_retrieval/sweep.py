@@ -183,8 +183,8 @@ def main() -> int:
     options = parser.parse_args()
     figure = FIGURES[options.figure]
     for model in options.models or ():
-        if model not in figure.models:
-            parser.error(f"--models has {model}, {options.figure} has {', '.join(figure.models)}")
+        if model not in (allowed := figure.models + figure.more_models):
+            parser.error(f"--models has {model}, {options.figure} has {', '.join(allowed)}")
     sizes = options.sizes or (figure.quick_sizes if options.quick else figure.sizes)
     seeds = options.seeds or (figure.seeds[:1] if options.quick else figure.seeds)
     try:
