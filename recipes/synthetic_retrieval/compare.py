@@ -56,22 +56,25 @@ def compare(losses: Losses, authors: dict[tuple[str, bool, int], tuple[float, in
     yield agreement(losses, authors)
 
 
-def at(losses: Losses, model: str, sizes: range | list[int], with_replacement: bool = False) -> list[tuple[str, float]]:
-    """The runs of a model, named for what is printed, with their losses."""
+def at(
+    losses: Losses, model: str, sizes: range | list[int], with_replacement: bool = False
+) -> list[tuple[str, int, float]]:
+    """The runs of a model: its name, number of keys and loss."""
     return [
-        (f"{model} S = {size}", loss)
+        (model, size, loss)
         for (name, replaced, size), several in sorted(losses.items())
         if name == model and replaced == with_replacement and size in sizes
         for loss in several
     ]
 
 
-def judge(claim: str, found: list[tuple[str, float]], holds: Callable[[float], bool]) -> Verdict:
+def judge(claim: str, found: list[tuple[str, int, float]], holds: Callable[[float], bool]) -> Verdict:
     """Pass if the loss of every run found is as claimed; NaN never is."""
-    wrong = [f"{name}: {loss:.3g}" for name, loss in found if not holds(loss)]
+    wrong = [f"{model} S = {size}: {loss:.3g}" for model, size, loss in found if not holds(loss)]
     if wrong:
         return Verdict("fail", claim, ", ".join(wrong))
-    return Verdict("pass" if found else "missing", claim, f"{len(found)} runs")
+    sizes = ", ".join(str(size) for size in sorted({size for _, size, _ in found}))
+    return Verdict("pass" if found else "missing", claim, f"S = {sizes}" if found else "no run")
 
 
 def agreement(losses: Losses, authors: dict[tuple[str, bool, int], tuple[float, int]]) -> Verdict:

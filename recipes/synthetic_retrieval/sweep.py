@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -88,17 +88,14 @@ class Sweep:
         done = read_results(self.folder)
         missing = [run for run in self.runs if run not in done]
         print(f"{len(self.runs)} runs, {len(self.runs) - len(missing)} of them done before", flush=True)
-        try:
-            with ThreadPoolExecutor(self.jobs) as pool:
-                try:
-                    return len(missing) - sum(pool.map(self._do, missing))
-                except BaseException:
-                    self.stop()
-                    raise
-        finally:
-            self.stop()
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                futures = [pool.submit(self._do, run) for run in missing]
+                return len(missing) - sum(future.result() for future in as_completed(futures))
+            finally:
+                self._stop()
 
-    def stop(self) -> None:
+    def _stop(self) -> None:
         with self.lock:
             self.stopping = True
             for process in self.processes:
