@@ -51,7 +51,7 @@ def compare(losses: Losses, authors: dict[tuple[str, bool, int], tuple[float, in
     yield judge("setting 2, S = 20: the delta rule is below 0.002", delta, lambda loss: loss < 0.002)
     yield judge("setting 2, S = 20: the sum rule is above 0.05", total, lambda loss: loss > 0.05)
     fwm = [point for name in ("dpfp1_fwm", "tanh_fwm") for point in at(losses, name, [20], with_replacement=True)]
-    worst = max((loss for _, loss in delta), default=math.nan)
+    worst = max((loss for *_, loss in delta), default=math.nan)
     yield judge("setting 2, S = 20: FWM is above the delta rule", fwm if delta else [], lambda loss: loss > worst)
     yield agreement(losses, authors)
 
