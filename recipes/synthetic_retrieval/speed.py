@@ -39,8 +39,9 @@ class Trained:
         train = RetrievalDataset(32, 2 * num_keys, num_keys, True, seed=(1, 0))
         valid = RetrievalDataset(20, num_keys, num_keys, True, seed=(1, 1), max_queries=200)
         self.batch = train.collater([train[i] for i in range(32)])
-        together = [[valid[i] for i in range(20)]]
-        self.evaluation = [valid.collater(part) for part in (zip(*together) if backend == "loop" else together)]
+        sequences = [valid[i] for i in range(20)]
+        parts = [[sequence] for sequence in sequences] if backend == "loop" else [sequences]
+        self.evaluation = [valid.collater(part) for part in parts]
 
     def step(self) -> None:
         self.optimizer.zero_grad()
