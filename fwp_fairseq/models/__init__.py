@@ -8,6 +8,6 @@ from fwp_fairseq.checkpoints import protect_checkpoint_loading  # noqa: E402
 
 protect_checkpoint_loading()
 
-from fwp_fairseq.models import fwp_transformer, fwp_transformer_lm  # noqa: E402
+from fwp_fairseq.models import associative_memory, fwp_transformer, fwp_transformer_lm  # noqa: E402
 
-__all__ = ["fwp_transformer", "fwp_transformer_lm"]
+__all__ = ["associative_memory", "fwp_transformer", "fwp_transformer_lm"]

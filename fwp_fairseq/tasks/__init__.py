@@ -1,9 +1,10 @@
-"""Registered tasks. Importing this package registers them; fairseq does so for a user dir."""
+"""Registered tasks, criterions and schedules. Importing this package registers them; fairseq does so for a user dir."""
 
 from fwp_fairseq._requirements import require_fairseq
 
 require_fairseq()
 
-from fwp_fairseq.tasks import parallel_prefix  # noqa: E402
+from fwp_fairseq import criterions, optim  # noqa: E402
+from fwp_fairseq.tasks import associative_retrieval, parallel_prefix  # noqa: E402
 
-__all__ = ["parallel_prefix"]
+__all__ = ["associative_retrieval", "criterions", "optim", "parallel_prefix"]
