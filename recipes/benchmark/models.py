@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def main() -> int:
     if chosen.updates < 4:
         parser.error(f"--updates is {chosen.updates}, it must be at least 4")
     logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         data = make_data(Path(folder), chosen.batch * 4)
