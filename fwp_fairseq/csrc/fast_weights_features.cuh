@@ -1,4 +1,4 @@
-// Feature maps and the normalisation of keys and queries, by one block: ops/feature_maps.py and modules/key_features.py.
+// Feature maps and the normalisation of keys and queries, by one block: ops/feature_maps.py, modules/key_features.py.
 // Features stay in the type of accumulation.
 
 #pragma once
@@ -78,7 +78,8 @@ __device__ void make_features(const Features& f, const T* x, T* out, T* scratch)
     if (f.map == FeatureMap::dpfp) {
         // u = relu([x; -x]); block j of the features is u times u rolled by j.
         each([&](int v, int i, T& to) {
-            const auto u = [&](int at) { return larger(at < d_key ? x[v * d_key + at] : -x[v * d_key + at - d_key], T(0)); };
+            const T* from = x + v * d_key;
+            const auto u = [&](int at) { return larger(at < d_key ? from[at] : -from[at - d_key], T(0)); };
             const int shift = i / (2 * d_key) + 1, at = i % (2 * d_key);
             to = u(at) * u(at < shift ? at - shift + 2 * d_key : at - shift);
         });

@@ -9,8 +9,8 @@
 //     u          U                                                   16 x N
 //     pairs      S and A; in the backward pass then the masked dots  32 x 16
 //     remaining  P, and gates
-// and in the backward pass dO with dR (32 x N), the slab's rows of W0 (32 x N) and dP. Everything that has Dk in it is a
-// sum over slabs or is done slab by slab, so that only `memory` grows with Dk: N of 64, 32 and 16 hold Dk of 128, 256
+// and in the backward pass dO with dR (32 x N), the slab's rows of W0 (32 x N) and dP. Everything that has Dk in it is
+// a sum over slabs or is done slab by slab, so that only `memory` grows with Dk: N of 64, 32 and 16 hold Dk of 128, 256
 // and 480 in 48 KB (backward: N = 32 and 16 hold 160 and 384); up to Dk = 512 it is 58 KB, for which a launch asks.
 //
 // Work for each token and tile, multiply and add counted apart: forward 6 Dk N, beside 4 * 16 Dk of overlaps, which
@@ -20,8 +20,8 @@
 // what a thread reads there at once, up to four numbers, is multiplied 2 to 4 times each.
 //
 // Backward: memories at every kSegment-th token are kept from the forward pass. A block computes those at the chunks of
-// one segment again, in `memory`, and leaves them, U and R in its part of the workspace, where dW waits meanwhile. Writes
-// are never undone. Gradients of q, k and gates have a share from every tile; each tile writes a part of its own. So
+// one segment again, in `memory`, and leaves them, U and R in its part of the workspace, where dW waits meanwhile.
+// Writes are never undone. Gradients of q, k and gates have a share from every tile; each tile writes a part of its own. So
 // every sum has one order, and the same input gives the same bits.
 
 #pragma once
@@ -161,7 +161,8 @@ struct Scan {
 #pragma unroll
                 for (int n = 0; n < kColumns; ++n) {
                     const int t = 2 * row + m;
-                    if (t < count && kColumns * group + n < columns) narrow(from[m][n], data + at + (first + t) * x.row + n);
+                    if (t < count && kColumns * group + n < columns)
+                        narrow(from[m][n], data + at + (first + t) * x.row + n);
                 }
         });
     }
@@ -223,7 +224,8 @@ struct Scan {
     __device__ int pair_t() const { return thread / 8; }
     __device__ int pair_s(int i) const { return thread % 8 + 8 * i; }
 
-    __device__ __forceinline__ void add_overlaps(bool of_queries, bool of_keys, T (&qk)[1][kPairs], T (&kk)[1][kPairs]) {
+    __device__ __forceinline__ void add_overlaps(
+        bool of_queries, bool of_keys, T (&qk)[1][kPairs], T (&kk)[1][kPairs]) {
         const T *keys = slab + kChunk * kSlabRow, *right = keys + pair_s(0) * kSlabRow;
         if (of_queries) multiply_by_transposed<kSlab>(slab + pair_t() * kSlabRow, kSlabRow, right, 8 * kSlabRow, qk);
         if (of_keys) multiply_by_transposed<kSlab>(keys + pair_t() * kSlabRow, kSlabRow, right, 8 * kSlabRow, kk);

@@ -1,8 +1,8 @@
 // Decoding on a GPU: one token for each hypothesis, and reading of finished memories.
 //
 // A step has to read and write every memory once, 2 Dk Dv numbers for each row and head, and everything else is small:
-// keys, queries and values are Dk + Dv numbers. So it does no more than that. A block reads a tile of a memory, Dk x 32,
-// into registers, neighbouring lanes neighbouring value columns, 128 bytes to a row. In one pass over them it gets both
+// keys, queries and values are Dk + Dv numbers. So it does no more than that. A block reads a tile of a memory,
+// Dk x 32, into registers, neighbouring lanes neighbouring value columns, 128 bytes to a row. In one pass over them it gets both
 // W^T k and W^T q, since the query need not wait for the write:
 //
 //     v̄ = decay W^T k,  u = write v - erase v̄,  W_new^T q = decay W^T q + (k . q) u
@@ -11,8 +11,8 @@
 // reordering of a beam search costs no pass of its own. Feature maps, gates and attention normalisation are computed on
 // the way from what the projections give, in each tile's block again.
 //
-// Several children of one parent: one block takes all of them, so that the parent's place is overwritten by no one else,
-// and others write to places that nobody descends from, which no block reads. With attention normalisation a block
+// Several children of one parent: one block takes all of them, so that no one else overwrites the parent's place, and
+// others write to places that nobody descends from, which no block reads. With attention normalisation a block
 // takes all tiles of a memory, because each needs z, which the first child overwrites.
 
 #pragma once
@@ -26,8 +26,8 @@ namespace fwp::gpu {
 
 // --- Who descends from whom ------------------------------------------------------------------------------------------
 
-// What plan_step() finds out, on the device: the rows that go on from a place, as a list. Which row comes first in it is
-// up to chance; all are treated alike.
+// What plan_step() finds out, on the device: the rows that go on from a place, as a list. Which row comes first in it
+// is up to chance; all are treated alike.
 struct Descent {
     int *first_row = nullptr;  // (slots): or -1
     int *next_row = nullptr;   // (rows): or -1
@@ -49,7 +49,8 @@ __device__ __forceinline__ int64_t parent_of(const Step& step, int64_t row) {
 
 // Calls found(index, rank) for the indices below `count` that are wanted, in order.
 template <class Wanted, class Found>
-__device__ __forceinline__ void rank(int64_t count, int (*sums)[kStepThreads], const Wanted& wanted, const Found& found) {
+__device__ __forceinline__ void rank(
+    int64_t count, int (*sums)[kStepThreads], const Wanted& wanted, const Found& found) {
     const int thread = threadIdx.x;
     int before = 0;
     for (int64_t start = 0; start < count; start += kStepThreads) {
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(kStepThreads) plan_step(const __grid_constant_
 
 // --- Reading and writing ---------------------------------------------------------------------------------------------
 
-// Blocks at a time on a multiprocessor, for which registers are shared out: enough of memory is on its way to each then.
+// Blocks at a time on a multiprocessor, for which registers are shared out: so that enough of memory is on its way.
 template <class T, int ROWS>
 constexpr int kStepBlocks = sizeof(T) * ROWS > 128 ? 1 : ROWS > 8 ? 2 : 3;
 
@@ -248,7 +249,8 @@ __global__ void __launch_bounds__(kStepThreads, (kStepBlocks<T, ROWS>))
 
 // Blocks are (memory, head, tile), tiles fastest. A memory is loaded once for all rows that share it.
 template <class T, int ROWS>
-__global__ void __launch_bounds__(kStepThreads, (kStepBlocks<T, ROWS>)) read_memories(const __grid_constant__ Read read, int tiles) {
+__global__ void __launch_bounds__(kStepThreads, (kStepBlocks<T, ROWS>))
+    read_memories(const __grid_constant__ Read read, int tiles) {
     FWP_DYNAMIC_SHARED(shared);
     const int head = int(blockIdx.x) / tiles % int(read.heads), memory = int(blockIdx.x) / tiles / int(read.heads);
     const int rows = int(read.rows / read.memories);

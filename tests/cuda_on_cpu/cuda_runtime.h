@@ -1,8 +1,8 @@
 // A meaning for the CUDA that the kernels use, for a C++ compiler: to test what they compute where there is no GPU.
 //
 // The threads of a block are fibres of one thread of the processor. Each runs until its next barrier (a shuffle is a
-// barrier of its warp); which of those that can go on does so next is drawn from a seed, so that a missing barrier gives
-// another result under some seed. Blocks run one after the other, in a drawn order. Shared memory is an allocation of
+// barrier of its warp); which of those that can go on does so next is drawn from a seed, so that a missing barrier
+// gives another result under some seed. Blocks run one after the other, in a drawn order. Shared memory is an allocation of
 // the size that the launch asks for, filled with NaN, so that the address sanitizer sees what leaves it. A barrier that
 // some threads never reach, or that threads reach at different places, is an error of the launch.
 //

@@ -21,7 +21,7 @@ MISTAKES = [
     (SCAN, "const bool there = feature + i < p.dk;", "const bool there = feature + i < p.dk + M;"),
     (SCAN, "const bool there = t < count && kColumns", "const bool there = t < count + M && kColumns"),
     (SCAN, "if (t < count && kColumns", "if (t < count + M && kColumns"),
-    (SCAN, "kColumns * group + n < columns) narrow", "kColumns * group + n < columns + M) narrow"),
+    (SCAN, " * group + n < columns)\n", " * group + n < columns + M)\n"),
     (SCAN, "if (t < count && feature + group", "if (t < count + M && feature + group"),
     (SCAN, "n * kGroups < p.dk)", "n * kGroups < p.dk + M)"),
     (SCAN, "t == s ? T(1) : product * decay", "t <= s + M ? T(1) : product * decay"),
