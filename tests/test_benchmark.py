@@ -12,6 +12,7 @@ RECIPE = ROOT / "recipes" / "benchmark"
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(RECIPE))  # they import what they share
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", RECIPE / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -29,7 +30,7 @@ def test_runs_of_decoding_survive_their_table_and_are_compared_with_softmax(tmp_
         decode.Row("lm delta", 1, 1, 8192, 50.0, 20.0, 21.0, 900, 700.0),
     ]
     table = tmp_path / "decode.csv"
-    decode.write_csv(rows, table)
+    decode.write_rows(table, rows)
     assert decode.read_csv(table) == rows
     assert [path.name for path in tmp_path.iterdir()] == ["decode.csv"]
     (claim,) = decode.claims(rows)  # the others have no softmax beside them

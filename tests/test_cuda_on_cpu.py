@@ -190,6 +190,28 @@ def test_any_shape_orders_and_padding(kernels, rows, d_key, d_v, rule, normalize
             test_decoding.assert_close(hypotheses.rows(), hypotheses.exact, 1e-9)
 
 
+@pytest.mark.parametrize(
+    "order, places, goes_on",
+    [
+        ([1, 0], [2, 0], True),
+        ([1, 2], [2, 0], False),
+        ([1, -1], [2, 0], False),
+        ([1, 0], [2, 3], False),
+        ([3], None, False),
+    ],
+)
+def test_an_order_that_points_nowhere_ends_the_kernel(kernels, order, places, goes_on):
+    q, v, state = torch.randn(len(order), 2, 3), torch.randn(len(order), 2, 5), torch.randn(3, 2, 3, 5)
+    order, places = (None if x is None else torch.tensor(x) for x in (order, places))
+    features = native.AddressFeatures("none")
+
+    def step() -> bool:
+        kernels.step(q, q, v, None, None, None, state, None, order, places, features, erases=False, complement=False)
+        return True
+
+    assert in_child(step) == goes_on
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rule", test_decoding.RULES)
 def test_half_precision_steps(on_cpu, rule, dtype):

@@ -290,6 +290,11 @@ def test_beam_search_on_reordered_states_equals_beam_search_without_states(flags
             ["--update-rule", "fwm", "--fast-weight-backend", "chunk"],
             "--fast-weight-backend, with --update-rule fwm: backend is 'chunk'",
         ),
+        (
+            ["--update-rule", "sum", "--fast-weight-backend", "fla"],
+            "--fast-weight-backend is fla, .* delta and gated-delta",
+        ),
+        (["--attention-normalization", "--fast-weight-backend", "fla"], "backend is fla, .* without --attention-norm"),
         (["--decoder-attention-heads", "3"], "--decoder-attention-heads is 3, it must divide --decoder-embed-dim.* 8"),
         (["--feature-map", "tanh"], "--key-normalization is sum, but --feature-map tanh.* allowed are l2 and none"),
         (

@@ -64,6 +64,7 @@ struct Features {
 // before the first one writes. `new_places` says where rows have their memories then.
 struct Step {
     int64_t rows, slots, heads, dv;
+    int64_t parents;                         // rows of the step before: what `order` points to, and `places` has
     Features features;
     Sequence q, k;                           // (rows, H, d_key): batch and head strides
     Sequence v, out;                         // (rows, H, Dv)

@@ -13,7 +13,7 @@ using at::Tensor;
 using std::optional;
 
 // Who goes on from which memory, and where it is written; see Step.
-fwp::Moves plan(const fwp::Step& p, int64_t parents) {
+fwp::Moves plan(const fwp::Step& p) {
     fwp::Moves moves;
     moves.row.resize(p.rows), moves.to.resize(p.rows);
     if (!p.new_places) {
@@ -26,7 +26,7 @@ fwp::Moves plan(const fwp::Step& p, int64_t parents) {
     std::vector<int64_t> place(p.rows), end(p.slots + 1);
     for (int64_t i = 0; i < p.rows; ++i) {
         const int64_t parent = p.order ? p.order[i] : i;
-        TORCH_CHECK_INDEX(parent >= 0 && parent < parents, "order has ", parent, ", there are ", parents, " rows");
+        TORCH_CHECK_INDEX(parent >= 0 && parent < p.parents, "order has ", parent, ", there are ", p.parents, " rows");
         place[i] = p.places ? p.places[parent] : parent;
         TORCH_CHECK_INDEX(place[i] >= 0 && place[i] < p.slots, "places has ", place[i], ", there are ", p.slots);
         ++end[place[i] + 1];
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> step(
         q, k, v, strength, kept, padding, state, normalizer, order, places, projection, feature_map, nu,
         key_normalization, erases, complement);
     const fwp::Step& p = call.problem;
-    const fwp::Moves moves = plan(p, places ? places->size(0) : p.slots);
+    const fwp::Moves moves = plan(p);
     at::parallel_for(
         0, moves.families() * p.heads, grain(p.features.dk * p.dv * p.rows / std::max<int64_t>(1, moves.families())),
         [&](int64_t begin, int64_t end) {

@@ -93,6 +93,7 @@ struct StepCall {
                 "normalizer must be (places, H, Dk, 1), contiguous and in the type of the state");
             problem.normalizer = normalizer->data_ptr();
         }
+        problem.parents = places ? places->numel() : problem.slots;
         problem.order = indices(order, "order");
         problem.places = indices(places, "places");
         const bool moves = order || places;

@@ -41,10 +41,12 @@ struct Descent {
 };
 
 __device__ __forceinline__ int64_t parent_of(const Step& step, int64_t row) {
-    if (step.order) row = step.order[row];
-    if (step.places) row = step.places[row];
-    if (row < 0 || row >= step.slots) __trap();  // as torch's own indexing does
-    return row;
+    const auto check = [](int64_t index, int64_t count) {
+        if (index < 0 || index >= count) __trap();  // as torch's own indexing does
+        return index;
+    };
+    if (step.order) row = check(step.order[row], step.parents);
+    return check(step.places ? step.places[row] : row, step.slots);
 }
 
 // Calls found(index, rank) for the indices below `count` that are wanted, in order.

@@ -22,8 +22,8 @@ from fairseq.models import BaseFairseqModel, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fwp_fairseq.modules.fast_weight_config import ATTENTION_KINDS
-from fwp_fairseq.modules.key_features import FEATURE_MAPS, KeyFeatures
+from fwp_fairseq.modules.fast_weight_config import ATTENTION_KINDS, check_backend
+from fwp_fairseq.modules.key_features import FEATURE_MAPS, KeyFeatures, check_feature_options
 from fwp_fairseq.ops import (
     BACKENDS,
     UPDATE_RULES,
@@ -33,7 +33,6 @@ from fwp_fairseq.ops import (
     normalized_read,
     sum_normalize,
 )
-from fwp_fairseq.ops.fast_weights import choose_backend
 
 # How features are normalised under each rule; with "sum" the read-outs are, instead.
 KEY_NORMALIZATION = {"sum": "none", "delta": "sum", "fwm": "none"}
@@ -153,19 +152,10 @@ def _check(cfg: AssociativeMemoryConfig, embedding_size: int) -> None:
     rule, feature_map = str(cfg.update_rule), str(cfg.feature_map)
     if rule not in KEY_NORMALIZATION:
         raise ValueError(f"--update-rule is {rule}, allowed are {', '.join(KEY_NORMALIZATION)} in associative_memory")
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"--feature-map is {feature_map}, allowed are {', '.join(FEATURE_MAPS)}")
+    check_feature_options(feature_map, cfg.dpfp_nu, cfg.favor_features, cfg.key_size, "key size")
     if feature_map == "tanh" and rule != "fwm":
         raise ValueError(
             f"--feature-map tanh has negative features: with --update-rule {rule}, which divides by sums, "
             "allowed are elu, favor and dpfp"
         )
-    largest_nu = 2 * cfg.key_size - 1
-    if feature_map == "dpfp" and not 1 <= cfg.dpfp_nu <= largest_nu:
-        raise ValueError(f"--dpfp-nu is {cfg.dpfp_nu}, allowed is 1 to 2 * key size - 1 = {largest_nu}")
-    if feature_map == "favor" and cfg.favor_features < 1:
-        raise ValueError(f"--favor-features is {cfg.favor_features}, it must be at least 1")
-    try:
-        choose_backend(str(cfg.fast_weight_backend), UPDATE_RULES[rule].max_norm)
-    except ValueError as error:
-        raise ValueError(f"--fast-weight-backend, with --update-rule {rule}: {error}") from None
+    check_backend(str(cfg.fast_weight_backend), UPDATE_RULES[rule])

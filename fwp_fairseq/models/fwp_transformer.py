@@ -158,6 +158,10 @@ class FWPTransformerDecoder(TransformerDecoderBase):
             isinstance(layer.self_attn, FastWeightAttention) for layer in self.layers
         )
 
+    def make_generation_fast_(self, **kwargs: Any) -> None:
+        """fairseq calls this of every module of a model that is going to generate."""
+        use_few_rows_linear(self)
+
     def reorder_incremental_state(self, incremental_state: IncrementalState, new_order: Tensor) -> None:
         """fairseq calls this of every module in the decoder: here for what was read ahead."""
         ahead = self.get_incremental_state(incremental_state, _AHEAD)
@@ -181,10 +185,6 @@ class FWPTransformerModel(TransformerModelBase):
         cfg = TransformerConfig.from_namespace(args)
         attach_fast_weights(cfg, args)
         return super().build_model(cfg, task)
-
-    def prepare_for_inference_(self, cfg: Any) -> None:
-        super().prepare_for_inference_(cfg)
-        use_few_rows_linear(self.decoder)
 
     @classmethod
     def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Module) -> FWPTransformerEncoder:

@@ -23,7 +23,6 @@ from fwp_fairseq.models.fwp_transformer import (
 )
 from fwp_fairseq.modules import FastWeightConfig
 from fwp_fairseq.modules.fast_weight_layers import DECODER_SELF_ATTENTION
-from fwp_fairseq.modules.few_rows_linear import use_few_rows_linear
 
 _FOLLOWS = {"decoder_input_dim": "decoder_embed_dim", "decoder_output_dim": "decoder_embed_dim"}
 
@@ -57,10 +56,6 @@ class FWPTransformerLanguageModel(TransformerLanguageModel):
         cfg.adaptive_softmax_cutoff = _cutoffs(args.adaptive_softmax_cutoff)
         attach_fast_weights(cfg, args, (DECODER_SELF_ATTENTION,))
         return cls(FWPTransformerDecoder(cfg, task.target_dictionary, embed_tokens, no_encoder_attn=True))
-
-    def prepare_for_inference_(self, cfg: Any) -> None:
-        super().prepare_for_inference_(cfg)
-        use_few_rows_linear(self.decoder)
 
     @classmethod
     def _build_input(cls, args: Any, dictionary: Any) -> nn.Module:

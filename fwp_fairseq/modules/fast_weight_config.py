@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
-from fwp_fairseq.modules.key_features import FEATURE_MAPS, KEY_NORMALIZATIONS
+from fwp_fairseq.modules.key_features import FEATURE_MAPS, KEY_NORMALIZATIONS, check_feature_options
 from fwp_fairseq.ops import BACKENDS, UPDATE_RULES, UpdateRule
 from fwp_fairseq.ops.fast_weights import choose_backend
 
@@ -94,19 +94,19 @@ class FastWeightConfig(FairseqDataclass):
         combinations that are allowed but known to diverge or to hurt.
         """
         _check_choice("--update-rule", self.update_rule, UPDATE_RULES)
-        _check_choice("--feature-map", self.feature_map, FEATURE_MAPS)
         _check_choice("--key-normalization", self.key_normalization, KEY_NORMALIZATIONS)
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(
                 f"--{place}-attention-heads is {num_heads}, it must divide --{place}-embed-dim, which is {embed_dim}"
             )
-        largest_nu = 2 * (embed_dim // num_heads) - 1
-        if self.feature_map == "dpfp" and not 1 <= self.dpfp_nu <= largest_nu:
-            raise ValueError(
-                f"--dpfp-nu is {self.dpfp_nu}, allowed is 1 to 2 * head size - 1 = {largest_nu} in the {place}"
-            )
-        if self.feature_map == "favor" and self.favor_features < 1:
-            raise ValueError(f"--favor-features is {self.favor_features}, it must be at least 1")
+        check_feature_options(
+            str(self.feature_map),
+            self.dpfp_nu,
+            self.favor_features,
+            embed_dim // num_heads,
+            "head size",
+            f" in the {place}",
+        )
         signed = self.feature_map == "tanh"
         if signed and self.key_normalization == "sum":
             raise ValueError(
@@ -119,10 +119,12 @@ class FastWeightConfig(FairseqDataclass):
                 f"--attention-normalization does not go with --update-rule {self.rule.name}: allowed are "
                 + ", ".join(name for name, rule in UPDATE_RULES.items() if rule.max_norm is None)
             )
-        try:
-            choose_backend(str(self.fast_weight_backend), self.rule.max_norm)
-        except ValueError as error:
-            raise ValueError(f"--fast-weight-backend, with --update-rule {self.rule.name}: {error}") from None
+        check_backend(str(self.fast_weight_backend), self.rule)
+        if self.fast_weight_backend == "fla" and (not self.rule.erases or self.attention_normalization):
+            raise ValueError(
+                "--fast-weight-backend is fla, which has --update-rule delta and gated-delta only, without "
+                "--attention-normalization"
+            )
         self._warn()
 
     def _warn(self) -> None:
@@ -140,6 +142,14 @@ class FastWeightConfig(FairseqDataclass):
                 "zero, and hurts in the paper's table 3",
                 self.rule.name,
             )
+
+
+def check_backend(backend: str, rule: UpdateRule) -> None:
+    """Raise ValueError if the backend is unknown, or cannot do what the rule needs."""
+    try:
+        choose_backend(backend, rule.max_norm)
+    except ValueError as error:
+        raise ValueError(f"--fast-weight-backend, with --update-rule {rule.name}: {error}") from None
 
 
 def _check_choice(flag: str, value: object, allowed: Any) -> None:

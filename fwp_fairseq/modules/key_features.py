@@ -26,6 +26,17 @@ KEY_NORMALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def check_feature_options(feature_map: str, nu: int, m: int, d_key: int, size: str, place: str = "") -> None:
+    """Raise ValueError naming flag, value and what is allowed. ``size`` is what d_key is called, ``place`` where."""
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"--feature-map is {feature_map}, allowed are {', '.join(FEATURE_MAPS)}")
+    largest_nu = 2 * d_key - 1
+    if feature_map == "dpfp" and not 1 <= nu <= largest_nu:
+        raise ValueError(f"--dpfp-nu is {nu}, allowed is 1 to 2 * {size} - 1 = {largest_nu}{place}")
+    if feature_map == "favor" and m < 1:
+        raise ValueError(f"--favor-features is {m}, it must be at least 1")
+
+
 class KeyFeatures(nn.Module):
     """Map (..., d_key) keys and queries to the (..., d_dot) vectors that address the memory; ``size`` is d_dot.
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import random
 import resource
 import statistics
@@ -25,7 +24,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-WORDS = 10_000
+from shared import WORDS, import_pyplot, preprocess, save_figure, write_csv, write_lines
+
 SOURCE_LENGTH = 25
 POSITIONS = 9000
 # Sentences of a batch, and what fairseq-preprocess calls the test set that has as many.
@@ -83,24 +83,17 @@ class Row:
 def make_data(folder: Path) -> None:
     """Binarise sentences of random words, for translation and for language models."""
     generator = random.Random(1)
-    words = [f"w{i}" for i in range(WORDS - 4)]  # the dictionary has four symbols of its own
     for split, lines in ("train", None), *((f"test{count}", count) for count in SUBSETS):
-        chunks = (
-            [words[i : i + SOURCE_LENGTH] for i in range(0, len(words), SOURCE_LENGTH)]
-            if lines is None
-            else [generator.choices(words, k=SOURCE_LENGTH) for _ in range(lines)]
-        )
+        words = WORDS if lines is None else generator.choices(WORDS, k=lines * SOURCE_LENGTH)
         for language in "ab":
-            (folder / f"{split}.{language}").write_text("".join(" ".join(chunk) + "\n" for chunk in chunks))
+            write_lines(folder / f"{split}.{language}", words, SOURCE_LENGTH)
     # A language model goes on from a prompt of one word.
-    (folder / "test.lm").write_text(words[0] + "\n")
-    preprocess = [sys.executable, "-m", "fairseq_cli.preprocess", "--workers", "1", "--trainpref"]
-    quiet: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    write_lines(folder / "test.lm", WORDS[:1], 1)
     tests = ",".join(f"{folder}/test{count}" for count in SUBSETS)
-    pair = [f"{folder}/train", "--testpref", tests, "-s", "a", "-t", "b", "--joined-dictionary"]
-    subprocess.run([*preprocess, *pair, "--destdir", f"{folder}/pair"], **quiet)
-    text = [f"{folder}/train.a", "--testpref", f"{folder}/test.lm", "--only-source"]
-    subprocess.run([*preprocess, *text, "--destdir", f"{folder}/text"], **quiet)
+    languages = ["-s", "a", "-t", "b", "--joined-dictionary"]
+    preprocess("--trainpref", f"{folder}/train", "--testpref", tests, *languages, "--destdir", f"{folder}/pair")
+    text = ["--trainpref", f"{folder}/train.a", "--testpref", f"{folder}/test.lm", "--only-source"]
+    preprocess(*text, "--destdir", f"{folder}/text")
 
 
 def is_lm(model: str) -> bool:
@@ -196,13 +189,8 @@ def in_a_process_of_its_own(folder: Path, run: Run) -> Row:
     return Row(**json.loads(log.read_text()))
 
 
-def write_csv(rows: list[Row], path: Path) -> None:
-    temporary = path.with_suffix(".csv.new")
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([f.name for f in fields(Row)])
-        writer.writerows([f"{x:.4g}" if isinstance(x, float) else x for x in vars(row).values()] for row in rows)
-    os.replace(temporary, path)
+def write_rows(path: Path, rows: list[Row]) -> None:
+    write_csv(path, [f.name for f in fields(Row)], [vars(row).values() for row in rows])
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -238,14 +226,9 @@ def claims(rows: list[Row]) -> list[str]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Speed and state against the length of the output, for beams of five and a single sentence."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("without the plot: matplotlib is not installed")
+    plt = import_pyplot()
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for model, label in (
         ("softmax", "softmax"),
@@ -264,9 +247,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3, which="both")
     left.legend(fontsize=8)
-    temporary = path.with_suffix(".new.png")
-    figure.savefig(temporary, dpi=150)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def main() -> int:
@@ -306,7 +287,7 @@ def main() -> int:
             # A run that is in the table is not done again: remove the file to start anew.
             if tuple(vars(run).values()) not in done:
                 rows.append(in_a_process_of_its_own(folder, run))
-                write_csv(rows, table)
+                write_rows(table, rows)
                 print(format_row(rows[-1]), flush=True)
     print()
     print("\n".join(claims(rows)))

@@ -11,15 +11,11 @@ does meets all of them; the figure is the median over the updates, without the f
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,10 +23,10 @@ from typing import Any
 from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.trainer import Trainer
+from shared import WORDS, clock, preprocess, write_csv, write_lines
 
 import fwp_fairseq.models  # noqa: F401  (registers the architectures)
 
-WORDS = 10_000
 CUTOFFS = "2000,6000"
 
 SHAPE = ["--decoder-layers", "16", "--decoder-embed-dim", "128", "--decoder-ffn-embed-dim", "2048"]
@@ -49,15 +45,8 @@ MODELS = {
 
 def make_data(folder: Path, tokens: int) -> Path:
     """Binarise random text, with every word in the dictionary."""
-    generator = random.Random(1)
-    words = [f"w{i}" for i in range(WORDS - 4)]  # the dictionary has four symbols of its own
-    for name, count in ("train", tokens), ("valid", 100):
-        text = words + generator.choices(words, k=count) if name == "train" else generator.choices(words, k=count)
-        lines = (" ".join(text[i : i + 50]) for i in range(0, len(text), 50))
-        (folder / name).write_text("\n".join(lines) + "\n")
-    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", "--workers", "1"]
-    command += ["--trainpref", f"{folder}/train", "--validpref", f"{folder}/valid", "--destdir", f"{folder}/bin"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    write_lines(folder / "train", WORDS + random.Random(1).choices(WORDS, k=tokens), 50)
+    preprocess("--only-source", "--trainpref", f"{folder}/train", "--destdir", f"{folder}/bin")
     return folder / "bin"
 
 
@@ -81,10 +70,9 @@ def speeds(data: Path, length: int, batch: int, updates: int) -> dict[str, float
     seconds: dict[str, list[float]] = {name: [] for name in MODELS}
     for update in range(updates):
         for name, (trainer, batches) in trainers.items():
-            start = time.perf_counter()
-            trainer.train_step([batches[update % len(batches)]])
+            second = clock(lambda: trainer.train_step([batches[update % len(batches)]]))  # noqa: B023
             if update:  # the first one warms up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(second)
     return {name: batch / statistics.median(found) for name, found in seconds.items()}
 
 
@@ -115,12 +103,7 @@ def main() -> int:
             cost = 100 * (found["sum"] / found["delta"] - 1)
             print(f"L = {length:>5}  the delta rule costs {cost:.1f} % over sum", flush=True)
     chosen.output.mkdir(parents=True, exist_ok=True)
-    temporary = chosen.output / "models.csv.new"
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, chosen.output / "models.csv")
+    write_csv(chosen.output / "models.csv", rows[0], [row.values() for row in rows])
     return 0
 
 

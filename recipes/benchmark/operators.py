@@ -10,20 +10,18 @@ multiply and add counted apart, whoever is timed.
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import importlib.util
-import os
 import re
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
+from shared import clock, import_pyplot, save_figure, write_csv
 from torch import Tensor
 
 from fwp_fairseq.ops import fast_weight_scan, native
@@ -229,12 +227,6 @@ def measure(shape: Shape, repeats: int, loop: bool) -> list[Row]:
     return rows
 
 
-def clock(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def format_row(row: Row) -> str:
     rate = "" if row.gflops is None else f"{row.gflops:6.0f} GFLOP/s, {row.percent_of_sgemm:3.0f} % of sgemm"
     peak = "" if row.peak_mib is None else f"{row.peak_mib:8.0f} MiB"
@@ -291,14 +283,9 @@ def sweep_shape(length: int) -> Shape:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Time against length at a constant number of tokens, both axes logarithmic."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("without the plot: matplotlib is not installed")
+    plt = import_pyplot()
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     styles = {"sum": "-", "delta": "--", "gated-delta": ":", "softmax": "-."}
     names = list(dict.fromkeys(row.implementation for row in rows))
@@ -321,18 +308,7 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.set_ylabel("forward + backward, ms")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    temporary = path.with_suffix(".new.png")
-    figure.savefig(temporary, dpi=150)
-    os.replace(temporary, path)
-
-
-def write_csv(rows: list[Row], path: Path) -> None:
-    temporary = path.with_suffix(".csv.new")
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows([f"{x:.4g}" if isinstance(x, float) else x for x in row] for row in rows)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def main() -> int:
@@ -362,7 +338,7 @@ def main() -> int:
     rows: list[Row] = []
     for shape, loop in wanted:
         rows += measure(shape, options.repeats, loop)
-        write_csv(rows, options.output / "operators.csv")
+        write_csv(options.output / "operators.csv", Row._fields, rows)
     print()
     for claim in claims(rows):
         print(claim)

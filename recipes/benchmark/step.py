@@ -12,16 +12,14 @@ weights of twelve layers take turns, so that they come from memory as in decodin
 from __future__ import annotations
 
 import argparse
-import csv
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from shared import clock, write_csv
 
 from fwp_fairseq.modules.few_rows_linear import FewRowsLinear
 from fwp_fairseq.ops import native
@@ -31,13 +29,6 @@ ROWS = [1, 5, 20, 80, 400, 2000, 8000]
 HEADS, D_KEY, D_V = 8, 64, 64
 # Inputs and outputs of projections, of the feed-forward network, and of the output layer.
 LINEAR = [(512, 512), (512, 2048), (2048, 512), (512, 10_000)]
-
-
-def clock(function: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    return (time.perf_counter() - start) / calls
 
 
 def make_step(rows: int, heads: int, d_key: int, d_v: int, reorder: bool) -> tuple[Callable[[], object], torch.Tensor]:
@@ -112,8 +103,8 @@ def main() -> int:
             )
             print(format_row(rows[-1]), flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
-    write_csv(rows, options.output / "step.csv")
-    write_csv(time_linear(options.repeats), options.output / "linear.csv")
+    write_table(options.output / "step.csv", rows)
+    write_table(options.output / "linear.csv", time_linear(options.repeats))
     return 0
 
 
@@ -149,13 +140,8 @@ def time_linear(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    temporary = path.with_suffix(".csv.new")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_csv(path, rows[0], [row.values() for row in rows])
 
 
 if __name__ == "__main__":

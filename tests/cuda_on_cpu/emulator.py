@@ -58,7 +58,7 @@ class Step(ctypes.Structure):
     """``Step`` of csrc/fast_weights.h."""
 
     _fields_ = [
-        *((n, ctypes.c_int64) for n in ("rows", "slots", "heads", "dv")),
+        *((n, ctypes.c_int64) for n in ("rows", "slots", "heads", "dv", "parents")),
         ("features", Features),
         *((n, Sequence) for n in ("q", "k", "v", "out", "strength", "kept")),
         ("padding", ctypes.c_void_p),
@@ -211,6 +211,7 @@ class Kernels:
         moved = None if order is None and places is None else torch.full((q.size(0),), -1)
         address, _held = _features(features, q, state)
         p = Step(rows=q.size(0), slots=state.size(0), heads=q.size(1), dv=v.size(2), features=address)
+        p.parents = p.slots if places is None else places.size(0)
         for name, x in (("q", q), ("k", k), ("v", v), ("out", out), ("strength", strength), ("kept", kept)):
             if x is not None:
                 setattr(p, name, _token(x))
