@@ -256,10 +256,14 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder for the CSV file and the plot"
     )
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="L", help="only these output lengths")
+    for flag, name, what in (
+        ("--lengths", "length", "output lengths"),
+        ("--beams", "beam", "beam sizes"),
+        ("--sentences", "sentences", "batch sizes"),
+    ):
+        allowed = sorted({getattr(run, name) for run in RUNS})
+        parser.add_argument(flag, type=int, nargs="+", choices=allowed, help=f"only these {what}")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), metavar="NAME", help="only these models")
-    parser.add_argument("--beams", type=int, nargs="+", metavar="K", help="only these beam sizes")
-    parser.add_argument("--sentences", type=int, nargs="+", metavar="N", help="only these batch sizes")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -275,7 +279,7 @@ def main() -> int:
         and (not options.sentences or run.sentences in options.sentences)
     ]
     if not wanted:
-        parser.error("nothing is left to run: see RUNS in this file for what there is")
+        parser.error("no run has all of what was asked for: RUNS in this file has what there is")
     options.output.mkdir(parents=True, exist_ok=True)
     table = options.output / "decode.csv"
     rows = read_csv(table)

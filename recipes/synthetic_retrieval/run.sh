@@ -3,7 +3,7 @@
 #
 #   bash recipes/synthetic_retrieval/run.sh figure2|figure3|figure4|figure5 [--quick] [OPTION]...
 #
-#   --quick          fewer numbers of keys and one seed: all four figures in about an hour on two cores
+#   --quick          fewer numbers of keys and one seed: for all four figures about an hour on two cores, by estimate
 #   --jobs N         trainings at a time, one core each (default: the cores there are)
 #   --sizes S...     only these numbers of keys
 #   --seeds N...     only these seeds
@@ -42,6 +42,7 @@ while (($#)); do
         [[ -z $figure ]] || fail "one figure at a time: '$figure' and '$1' were given."
         figure=$1
         ;;
+    figure*) fail "there is no '$1', name a figure: figure2, figure3, figure4 or figure5 (--help lists the options)." ;;
     *) arguments+=("$1") ;;
     esac
     shift
