@@ -17,7 +17,10 @@ inline void dot_tile(int64_t inputs, const T* x, int64_t x_row, const T* w, int6
     for (; i + width <= inputs; i += width) {
         Vector weight[OUTPUTS];
 #pragma GCC unroll 2
-        for (int o = 0; o < OUTPUTS; ++o) weight[o] = *reinterpret_cast<const Loose*>(w + o * w_row + i);
+        for (int o = 0; o < OUTPUTS; ++o) {
+            weight[o] = *reinterpret_cast<const Loose*>(w + o * w_row + i);
+            __builtin_prefetch(w + (o + OUTPUTS) * w_row + i);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             const Vector value = *reinterpret_cast<const Loose*>(x + r * x_row + i);
