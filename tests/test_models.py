@@ -287,8 +287,8 @@ def test_beam_search_on_reordered_states_equals_beam_search_without_states(flags
         (["--dpfp-nu", "8"], "--dpfp-nu is 8, allowed is 1 to .* = 7"),
         (["--feature-map", "favor", "--favor-features", "0"], "--favor-features is 0, it must be at least 1"),
         (
-            ["--update-rule", "fwm", "--fast-weight-backend", "chunk"],
-            "--fast-weight-backend, with --update-rule fwm: backend is 'chunk'",
+            ["--update-rule", "fwm", "--fast-weight-backend", "native"],
+            "--fast-weight-backend, with --update-rule fwm: backend is 'native'",
         ),
         (
             ["--update-rule", "sum", "--fast-weight-backend", "fla"],
