@@ -182,10 +182,10 @@ def expected_seconds(run: Run, authors: dict[tuple[str, bool, int], tuple[float,
         known = authors[min(near, key=lambda key: abs(key[2] - run.num_keys))] if near else (0.0, 3000)
     features, _, rule = run.model.partition("_")
     kind, number = features.rstrip("0123456789"), int("0" + features.lstrip("abcdefghijklmnopqrstuvwxyz"))
-    rows = {"favor": 3 * number, "dpfp": 2 * KEY_SIZE * number}.get(kind, KEY_SIZE)
+    rows = {"favor": 2 * number, "dpfp": 2 * KEY_SIZE * number}.get(kind, KEY_SIZE)
     tokens = run.batch_size * run.seq_len
     fwm = 2e-4 / run.batch_size + 2.2e-10 * rows * run.num_keys
-    per_token = {"delta": 4e-10 * rows * run.num_keys, "fwm": fwm}.get(rule, 1.8e-8 * rows)
+    per_token = {"delta": 4e-10 * rows * run.num_keys, "fwm": fwm}.get(rule, 1.2e-8 * rows)
     return 5.0 + known[1] * (0.006 + tokens * per_token)
 
 

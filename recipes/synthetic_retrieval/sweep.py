@@ -28,7 +28,7 @@ from typing import NoReturn
 from experiments import FIELDS, FIGURES, RESULTS, Result, Run, expected_seconds, read_authors, read_results, to_row
 
 # glibc gives large blocks back at once, and zeroing them anew takes longer than the arithmetic on them.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 # Progress within a run is shown no more often than this.
 SECONDS_BETWEEN_LINES = 60
