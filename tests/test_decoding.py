@@ -283,8 +283,9 @@ def test_beam_search_is_the_same_with_the_compiled_step(flags, monkeypatch):
     flags = [*flags, *places("fast-weight", *PLACES), "--favor-features=4"]
     model = sharpened(20, flags)
     batch = translation_batch(model, batch=3, source=6)
-    step = unittest.mock.Mock(wraps=native.step)
+    step, read = unittest.mock.Mock(wraps=native.step), unittest.mock.Mock(wraps=native.read)
     monkeypatch.setattr(native, "step", step)
+    monkeypatch.setattr(native, "read", read)
     results = []
     for backend in ("chunk", "native"):
         for module in model.modules():
@@ -293,8 +294,19 @@ def test_beam_search_is_the_same_with_the_compiled_step(flags, monkeypatch):
         results.append(generate(model, batch, beam=4, max_len=8))
         assert (step.call_count > 4) == (backend == "native")
         model.prepare_for_inference_(argparse.Namespace(generation=argparse.Namespace(beam=4)))
+    # Beams read their sentence's memory of the source: it is there once.
+    assert max(call.args[1].size(0) for call in read.call_args_list) == 3
     for found, expected in zip(*results):
         assert [h["tokens"].tolist() for h in found] == [h["tokens"].tolist() for h in expected]
         for a, b in zip(found, expected):
             torch.testing.assert_close(a["score"], b["score"], rtol=0, atol=1e-4)
             torch.testing.assert_close(a["positional_scores"], b["positional_scores"], rtol=0, atol=1e-4)
+
+
+def test_a_search_without_beams_after_one_with_beams():
+    flags = places("fast-weight", *PLACES)
+    model, fresh = sharpened(20, flags), sharpened(20, flags)
+    batch = translation_batch(model, batch=4, source=6)
+    generate(model, batch, beam=2, max_len=8)
+    found, expected = (generate(m, batch, beam=1, max_len=8) for m in (model, fresh))
+    assert [h[0]["tokens"].tolist() for h in found] == [h[0]["tokens"].tolist() for h in expected]

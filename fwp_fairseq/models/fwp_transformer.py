@@ -195,6 +195,12 @@ class FWPTransformerModel(TransformerModelBase):
         attach_fast_weights(cfg, args)
         return super().build_model(cfg, task)
 
+    def set_beam_size(self, beam_size: int) -> None:
+        """fairseq's generator calls this of every model that has it, if there are beams."""
+        for module in self.decoder.modules():
+            if isinstance(module, FastWeightAttention):
+                module.set_beam_size(beam_size)
+
     @classmethod
     def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Module) -> FWPTransformerEncoder:
         return FWPTransformerEncoder(cfg, src_dict, embed_tokens)

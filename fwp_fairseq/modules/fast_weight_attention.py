@@ -282,7 +282,10 @@ class FastWeightAttention(nn.Module):
         if memory is None:
             assert key is not None and value is not None
             if incremental_state is not None and self.beam_size > 1 and key.size(1) == query.size(1):
-                # The beams of a sentence have the same source.
+                # The beams of a sentence have the same source. Others than was said have different ones: fairseq does
+                # not say so when a generator has no beams.
+                if not _same_in_groups(key, 1, self.beam_size):
+                    self.beam_size = 1
                 key, value = key[:, :: self.beam_size], value[:, :: self.beam_size]
                 padding = None if padding is None else padding[:: self.beam_size]
             k, v = self._split_heads(self.k_proj(key), self.v_proj(value))
@@ -360,7 +363,11 @@ class FastWeightAttention(nn.Module):
             # One memory per sentence: beams change places within it, and whole sentences leave the batch.
             if memory.size(0) * self.beam_size == new_order.size(0):
                 return incremental_state
-            new_order = new_order.view(-1, self.beam_size)[:, 0] // self.beam_size
+            new_order = new_order // self.beam_size
+            if _same_in_groups(new_order, 0, self.beam_size):
+                new_order = new_order[:: self.beam_size]
+            else:
+                self.beam_size = 1
         if order is not None:
             new_order = order.index_select(0, new_order)
         reordered = {**buffer, _ORDER: new_order}
@@ -377,6 +384,14 @@ class FastWeightAttention(nn.Module):
         self, incremental_state: Optional[IncrementalState], buffer: dict[str, Optional[Tensor]]
     ) -> Optional[IncrementalState]:
         return self.set_incremental_state(incremental_state, "attn_state", buffer)
+
+
+def _same_in_groups(x: Tensor, dim: int, size: int) -> bool:
+    """Whether ``x`` consists, along ``dim``, of groups of ``size`` equal entries."""
+    if x.size(dim) % size:
+        return False
+    groups = x.unflatten(dim, (-1, size))
+    return bool((groups == groups.narrow(dim + 1, 0, 1)).all())
 
 
 def _cut(gates: Gates, where: "slice | int") -> Gates:
