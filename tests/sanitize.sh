@@ -17,5 +17,5 @@ FWP_SANITIZE=1 python setup.py --quiet build_ext --inplace
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so.6)"
 export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0
 unchecked="loop- or chunk- or memory_stays or installs_without or compiled_function or beam_search"
-python -m pytest -q -p no:cacheprovider tests/test_ops_contract.py tests/test_native.py tests/test_decoding.py \
-    -k "(native or test_decoding) and not ($unchecked)" "$@"
+python -m pytest -q -p no:cacheprovider tests/test_ops_contract.py tests/test_native.py tests/test_decoding.py tests/test_few_rows_linear.py \
+    -k "(native or test_decoding or few_rows) and not ($unchecked)" "$@"
