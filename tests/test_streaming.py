@@ -301,7 +301,7 @@ MODEL = (
 )
 TRAINING = (
     *("--optimizer", "adam", "--lr", 1e-2, "--seed", 1, "--criterion", "cross_entropy", "--log-format", "json"),
-    *("--log-interval", 1, "--no-epoch-checkpoints"),
+    *("--log-interval", 1, "--no-epoch-checkpoints", "--save-interval", 9),
 )
 DISTRIBUTED = (
     *("--distributed-world-size", 2, "--distributed-init-method", "env://", "--distributed-rank=-1"),
@@ -319,7 +319,7 @@ def trained(corpus: Corpus, run: Run, side_by_side: SideBySide, tmp_path_factory
     command = ("fairseq-train", corpus.language_model, *USER_DIR, *TASK, *MODEL, *TRAINING, "--save-dir")
     dropout = (*("--dropout", 0.1, "--batch-size", 40, "--update-freq", 2), "--validate-interval-updates", 3)
     # Without dropout: each process draws its own.
-    one = ("--dropout", 0, "--batch-size", 40, "--num-workers", 0)
+    one = ("--dropout", 0, "--batch-size", 40, "--num-workers", 0, "--disable-validation")
     two = ("torchrun", "--standalone", "--nproc_per_node", 2, find_script(command[0]), *command[1:])
     parallel, stretch = side_by_side(
         lambda: run(*two, folder / "two", *DISTRIBUTED, *one, "--batch-size", 20, "--max-update", 7),
