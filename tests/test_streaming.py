@@ -253,9 +253,14 @@ def test_segments_out_of_order_are_refused():
     carried.after([{"a": 0}])
     assert carried.before(sample(1)) == [{"a": 0}]
     carried.after([{"a": 1}])
-    with pytest.raises(RuntimeError, match="segment 3 follows what was carried from segment 1"):
+    with pytest.raises(RuntimeError, match="segment 3 comes after what segment 1 left"):
         carried.before(sample(3))
     assert carried.before(sample(0)) is None
+
+
+def test_the_middle_of_an_epoch_without_a_state_is_refused():
+    with pytest.raises(RuntimeError, match="segment 3 comes after nothing was carried.*--reset-dataloader"):
+        CarriedState().before(sample(3))
 
 
 def test_an_update_that_is_repeated_begins_with_what_it_began_with():
@@ -305,7 +310,7 @@ TRAINING = (
 )
 DISTRIBUTED = (
     *("--distributed-world-size", 2, "--distributed-init-method", "env://", "--distributed-rank=-1"),
-    *("--distributed-no-spawn", "--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp"),
+    *("--distributed-no-spawn", "--distributed-backend", "gloo"),
 )
 
 
@@ -322,7 +327,18 @@ def trained(corpus: Corpus, run: Run, side_by_side: SideBySide, tmp_path_factory
     one = ("--dropout", 0, "--batch-size", 40, "--num-workers", 0, "--disable-validation")
     two = ("torchrun", "--standalone", "--nproc_per_node", 2, find_script(command[0]), *command[1:])
     parallel, stretch = side_by_side(
-        lambda: run(*two, folder / "two", *DISTRIBUTED, *one, "--batch-size", 20, "--max-update", 7),
+        lambda: run(
+            *two,
+            folder / "two",
+            *DISTRIBUTED,
+            "--ddp-backend",
+            "legacy_ddp",
+            *one,
+            "--batch-size",
+            20,
+            "--max-update",
+            7,
+        ),
         lambda: run(*command, folder / "stretch", *dropout, "--max-update", 12),
     )
     half, single = side_by_side(

@@ -1,10 +1,25 @@
 """Transformer-XL: its attention is the formula of Dai et al., and the memory is what earlier segments were."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from test_streaming import Lines, Optimizer, batches, streams_of, training_step
+from conftest import Corpus, Run
+from test_end_to_end import SideBySide, outcome
+from test_streaming import (
+    MODEL,
+    TASK,
+    TRAINING,
+    USER_DIR,
+    Lines,
+    Optimizer,
+    batches,
+    evaluated,
+    streams_of,
+    training_step,
+)
 from tiny_models import build_lm, build_streaming_lm, decode_step_by_step, tokens
 
 from fwp_fairseq.eval_lm import evaluate
@@ -128,6 +143,35 @@ def test_the_medium_model_has_the_paper_s_90_9_million_parameters():
     # With the vocabulary of WikiText-103, whose embeddings are those of the adaptive softmax.
     count = sum(p.numel() for p in model.parameters()) + (267_735 - 20) * 256
     assert count / 1e6 == pytest.approx(90.9, abs=0.05)
+
+
+def test_fairseq_s_commands_train_resume_evaluate_and_continue_a_prompt(
+    corpus: Corpus, run: Run, side_by_side: SideBySide, tmp_path: Path
+) -> None:
+    model = (*("--arch", "transformer_xl_lm", "--memory-length", 24), *MODEL[2:])
+    options = (*USER_DIR, *TASK, *model, *TRAINING, "--dropout", 0.1, "--batch-size", 40, "--disable-validation")
+    command = ("fairseq-train", corpus.language_model, *options, "--save-dir")
+    stretch, half = side_by_side(
+        lambda: run(*command, tmp_path / "stretch", "--max-update", 5),
+        lambda: run(*command, tmp_path / "halves", "--max-update", 3),
+    )
+    resumed = run(*command, tmp_path / "halves", "--max-update", 5)
+    expected_losses, expected = outcome(tmp_path / "stretch", stretch)
+    losses, found = outcome(tmp_path / "halves", half, resumed)
+    assert len(losses) == 5 and losses == expected_losses
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    path = ("--path", tmp_path / "stretch" / "checkpoint_last.pt")
+    overrides = ("--model-overrides", "{'eval_memory_length': 32}")
+    evaluation, continuation = side_by_side(
+        lambda: run("python", "-m", "fwp_fairseq.eval_lm", corpus.language_model, "--cpu", *path, *overrides),
+        lambda: run(
+            *("fairseq-interactive", corpus.language_model, *USER_DIR, *TASK, *path, "--beam", 2, "--max-len-b", 4),
+            stdin="ba be bi " * 40,
+        ),
+    )
+    assert evaluated(evaluation)["state"] == 2 * 32 * 16
+    assert re.search(r"^D-0\t\S+\t(ba be bi ){40}", continuation.stdout, re.M)
 
 
 @pytest.mark.parametrize(

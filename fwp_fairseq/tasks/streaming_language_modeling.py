@@ -80,10 +80,10 @@ class CarriedState:
         if segment == 0:
             self.layers = None
         elif segment != self.next_segment:
+            carried = f"what segment {self.next_segment - 1} left" if self.next_segment else "nothing"
             raise RuntimeError(
-                f"segment {segment} follows what was carried from segment {self.next_segment - 1}: segments must come "
-                "in their order (a checkpoint of another task, in the middle of an epoch? --reset-dataloader begins "
-                "a new epoch)"
+                f"segment {segment} comes after {carried} was carried, but segments must come in their order. If this "
+                "goes on from a checkpoint of another task: --reset-dataloader begins a new epoch"
             )
         if update is not None:
             self._of_update[segment] = self.layers
