@@ -8,7 +8,7 @@ from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli.train import main as fairseq_train
 from test_end_to_end import logged
-from test_streaming import DISTRIBUTED
+from tiny_streams import DISTRIBUTED
 
 import fwp_fairseq.models
 import fwp_fairseq.tasks  # noqa: F401

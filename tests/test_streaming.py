@@ -4,7 +4,6 @@ import itertools
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import Corpus, Run, find_script
@@ -12,6 +11,19 @@ from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.sequence_generator import SequenceGenerator
 from test_end_to_end import SideBySide, logged, outcome
 from tiny_models import build_streaming_lm, decode_step_by_step, dictionary, tokens
+from tiny_streams import (
+    DISTRIBUTED,
+    MODEL,
+    TASK,
+    TRAINING,
+    USER_DIR,
+    Lines,
+    Optimizer,
+    batches,
+    evaluated,
+    streams_of,
+    training_step,
+)
 
 from fwp_fairseq.eval_lm import evaluate
 from fwp_fairseq.tasks.streaming_language_modeling import CarriedState, read_text
@@ -26,30 +38,6 @@ RULES = {
     "gated": ["--update-rule", "gated"],
     "fwm": ["--update-rule", "fwm", "--feature-map", "tanh", "--key-normalization", "none"],
 }
-
-
-class Lines(list):
-    """Lines of a text in memory, as fairseq's datasets have them."""
-
-    def __init__(self, *sizes, words=20, seed=0):
-        draw = torch.Generator().manual_seed(seed)
-        ends = torch.tensor([2])
-        super().__init__(
-            torch.cat([torch.randint(4, words, (n - 1,), generator=draw), ends]) if n else ends[:0] for n in sizes
-        )
-
-    @property
-    def sizes(self):
-        return np.array([len(line) for line in self])
-
-
-def streams_of(lines, segment_length, streams=1):
-    vocabulary = dictionary(20)
-    return TokenStreams(lines, segment_length, vocabulary, vocabulary).in_streams(streams)
-
-
-def batches(text, processes=1):
-    return [text.collater([text[i] for i in batch]) for batch in text.batches(processes)]
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------
@@ -223,24 +211,33 @@ def test_fairseq_eval_lm_is_told_the_command_that_carries_a_state():
 
 
 @pytest.mark.parametrize(
-    "saved, message",
+    "changes, message",
     [
         ({"streams": 4}, "the checkpoint has 4 streams, but --batch-size 2 in 3 process.* makes 6"),
         ({"tokens_per_sample": 7}, "--tokens-per-sample is 4, but the checkpoint was trained with 7"),
-        ({}, None),
+        ({"streams": None}, "the checkpoint is of another task: .*--reset-dataloader"),
     ],
 )
-def test_each_process_takes_its_streams_from_a_checkpoint_of_the_same_streams(saved, message):
-    _, task = build_streaming_lm("--tokens-per-sample", "4")
-    layers = [{"prev_key": torch.arange(6)}]
-    task.set_checkpoint_dict({"streams": 6, "tokens_per_sample": 4, "next_segment": 3, "layers": layers, **saved})
+def test_only_the_same_streams_go_on_in_the_middle_of_an_epoch(changes, message):
+    _, task = build_streaming_lm()
+    iterators = [
+        task.get_batch_iterator(streams_of(Lines(80), 4), max_sentences=2, num_shards=3, shard_id=1) for _ in range(2)
+    ]
+    next(iterators[0].next_epoch_itr())
+    state = iterators[0].state_dict()
+    iterators[1].load_state_dict(state)
+    assert next(iterators[1].next_epoch_itr())["position"]["segment"] == 1
+    with pytest.raises(ValueError, match=message):
+        iterators[1].load_state_dict({**state, **changes})
+    iterators[1].load_state_dict({**state, **changes, "iterations_in_epoch": 0})
+
+
+def test_each_process_takes_its_streams_from_a_checkpoint():
+    _, task = build_streaming_lm()
+    task.set_checkpoint_dict({"next_segment": 3, "layers": [{"prev_key": torch.arange(6)}]})
     batch = {"position": {"segment": 3, "segments": 9, "first_stream": 2, "streams": 6}, "target": torch.zeros(2, 4)}
-    if message is None:
-        task._restore(batch)
-        assert task.training.before(batch)[0]["prev_key"].tolist() == [2, 3]
-    else:
-        with pytest.raises(ValueError, match=message):
-            task._restore(batch)
+    task._restore(batch)
+    assert task.training.before(batch)[0]["prev_key"].tolist() == [2, 3]
 
 
 def sample(segment, segments=5):
@@ -259,7 +256,7 @@ def test_segments_out_of_order_are_refused():
 
 
 def test_the_middle_of_an_epoch_without_a_state_is_refused():
-    with pytest.raises(RuntimeError, match="segment 3 comes after nothing was carried.*--reset-dataloader"):
+    with pytest.raises(RuntimeError, match="segment 3 comes after nothing was carried"):
         CarriedState().before(sample(3))
 
 
@@ -270,16 +267,6 @@ def test_an_update_that_is_repeated_begins_with_what_it_began_with():
             before = carried.before(sample(segment), update)
             assert before == ([{"after": segment - 1}] if segment else None)
             carried.after([{"after": segment}])
-
-
-def training_step(task, model, optimizer, batch, update=0):
-    criterion = CrossEntropyCriterion(task, sentence_avg=False)
-    return task.train_step(batch, model, criterion, optimizer, update)[0].item()
-
-
-class Optimizer:
-    def backward(self, loss):
-        loss.backward()
 
 
 def test_validation_does_not_touch_what_training_carries():
@@ -298,31 +285,17 @@ def test_validation_does_not_touch_what_training_carries():
 
 # --- Commands --------------------------------------------------------------------------------------------------------
 
-USER_DIR = ("--user-dir", "fwp_fairseq", "--cpu")
-TASK = ("--task", "streaming_language_modeling", "--tokens-per-sample", 16)
-MODEL = (
-    *("--arch", "fwp_transformer_lm", "--decoder-layers", 2, "--decoder-embed-dim", 16, "--decoder-ffn-embed-dim", 32),
-    *("--decoder-attention-heads", 2, "--no-token-positional-embeddings"),
-)
-TRAINING = (
-    *("--optimizer", "adam", "--lr", 1e-2, "--seed", 1, "--criterion", "cross_entropy", "--log-format", "json"),
-    *("--log-interval", 1, "--no-epoch-checkpoints", "--save-interval", 9),
-)
-DISTRIBUTED = (
-    *("--distributed-world-size", 2, "--distributed-init-method", "env://", "--distributed-rank=-1"),
-    *("--distributed-no-spawn", "--distributed-backend", "gloo"),
-)
-
 
 @pytest.fixture(scope="module")
 def trained(corpus: Corpus, run: Run, side_by_side: SideBySide, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Trainings of 12 updates: at a stretch and in two parts, in one process and in two that one goes on from.
+    """Trainings of 12 updates: at a stretch, with validation in between, and in two parts, without; in one process, and
+    in two that one goes on from.
 
     About 10,000 tokens in 40 streams are 16 segments: the epoch ends after eight updates of two segments each.
     """
     folder = tmp_path_factory.mktemp("streaming")
     command = ("fairseq-train", corpus.language_model, *USER_DIR, *TASK, *MODEL, *TRAINING, "--save-dir")
-    dropout = (*("--dropout", 0.1, "--batch-size", 40, "--update-freq", 2), "--validate-interval-updates", 3)
+    dropout = ("--dropout", 0.1, "--batch-size", 40, "--update-freq", 2)
     # Without dropout: each process draws its own.
     one = ("--dropout", 0, "--batch-size", 40, "--num-workers", 0, "--disable-validation")
     two = ("torchrun", "--standalone", "--nproc_per_node", 2, find_script(command[0]), *command[1:])
@@ -339,14 +312,14 @@ def trained(corpus: Corpus, run: Run, side_by_side: SideBySide, tmp_path_factory
             "--max-update",
             7,
         ),
-        lambda: run(*command, folder / "stretch", *dropout, "--max-update", 12),
+        lambda: run(*command, folder / "stretch", *dropout, "--max-update", 12, "--validate-interval-updates", 3),
     )
     half, single = side_by_side(
-        lambda: run(*command, folder / "halves", *dropout, "--max-update", 5),
+        lambda: run(*command, folder / "halves", *dropout, "--max-update", 5, "--disable-validation"),
         lambda: run(*command, folder / "one", *one, "--max-update", 12),
     )
     resumed, joined = side_by_side(
-        lambda: run(*command, folder / "halves", *dropout, "--max-update", 12),
+        lambda: run(*command, folder / "halves", *dropout, "--max-update", 12, "--disable-validation"),
         lambda: run(*command, folder / "two", *one, "--max-update", 12),
     )
     return {
@@ -360,7 +333,9 @@ def trained(corpus: Corpus, run: Run, side_by_side: SideBySide, tmp_path_factory
     }
 
 
-def test_a_training_that_was_interrupted_within_an_epoch_equals_one_that_was_not(trained: dict) -> None:
+def test_a_training_that_was_interrupted_within_an_epoch_equals_one_that_stopped_to_validate_only(
+    trained: dict,
+) -> None:
     (expected_losses, expected), (losses, found) = trained["stretch"], trained["halves"]
     assert len(expected_losses) == 12
     assert losses == expected_losses
@@ -392,10 +367,6 @@ def test_other_streams_cannot_go_on_in_the_middle_of_an_epoch(trained: dict, run
     result = run(*trained["command"], trained["folder"] / "stretch", *other, check=False)
     assert result.returncode != 0
     assert "the checkpoint has 40 streams, but --batch-size 39 in 1 process" in result.stdout + result.stderr
-
-
-def evaluated(result) -> dict[str, float]:
-    return {name: float(value) for name, value in re.findall(r"^([a-z ]+): ([\d.]+)", result.stdout, re.M)}
 
 
 def test_the_command_for_evaluation_finds_the_loss_of_validation(

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import Corpus, Run
 from test_end_to_end import SideBySide, outcome
-from test_streaming import (
+from tiny_models import build_lm, build_streaming_lm, decode_step_by_step, tokens
+from tiny_streams import (
     MODEL,
     TASK,
     TRAINING,
@@ -20,7 +21,6 @@ from test_streaming import (
     streams_of,
     training_step,
 )
-from tiny_models import build_lm, build_streaming_lm, decode_step_by_step, tokens
 
 from fwp_fairseq.eval_lm import evaluate
 from fwp_fairseq.modules.relative_attention import RelativeAttention

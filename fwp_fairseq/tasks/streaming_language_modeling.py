@@ -17,7 +17,7 @@ from typing import Any, Optional
 
 import torch
 from fairseq import checkpoint_utils, utils
-from fairseq.data import data_utils, iterators
+from fairseq.data import data_utils
 from fairseq.data.indexed_dataset import get_available_dataset_impl
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.optim.amp_optimizer import AMPOptimizer
@@ -26,7 +26,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import II
 from torch import Tensor
 
-from fwp_fairseq.tasks.token_streams import TokenStreams
+from fwp_fairseq.tasks.token_streams import StreamsIterator, TokenStreams
 
 # fairseq wants a number for the longest text.
 NO_LIMIT = 10**9
@@ -82,8 +82,7 @@ class CarriedState:
         elif segment != self.next_segment:
             carried = f"what segment {self.next_segment - 1} left" if self.next_segment else "nothing"
             raise RuntimeError(
-                f"segment {segment} comes after {carried} was carried, but segments must come in their order. If this "
-                "goes on from a checkpoint of another task: --reset-dataloader begins a new epoch"
+                f"segment {segment} comes after {carried} was carried, but segments must come in their order"
             )
         if update is not None:
             self._of_update[segment] = self.layers
@@ -169,7 +168,7 @@ class StreamingLanguageModelingTask(LanguageModelingTask):
                 f"--batch-size is {max_sentences} in {processes} process(es), but the text has only {streams.tokens} "
                 "tokens: allowed is at most one stream a token"
             )
-        return iterators.EpochBatchIterator(
+        return StreamsIterator(
             dataset=streams,
             collate_fn=streams.collater,
             batch_sampler=streams.batches(processes),
@@ -219,8 +218,6 @@ class StreamingLanguageModelingTask(LanguageModelingTask):
             return
         self._gathered = {
             "next_segment": self.training.next_segment,
-            "tokens_per_sample": self.args.tokens_per_sample,
-            "streams": self.training.position["streams"],
             "layers": [
                 {name: torch.cat([layer[name] for layer in layers]) for name in layers[0]} for layers in zip(*shares)
             ],
@@ -235,28 +232,14 @@ class StreamingLanguageModelingTask(LanguageModelingTask):
         self._restored = state
 
     def _restore(self, sample: dict[str, Any]) -> None:
-        """Take the streams of this process from a checkpoint, which may have had them in other processes.
-
-        Raises ValueError if they were not these streams.
-        """
+        """Take the streams of this process from a checkpoint, which may have had them in other processes."""
         assert self._restored is not None
-        state, position, rows = self._restored, sample["position"], sample["target"].size(0)
+        first, target = sample["position"]["first_stream"], sample["target"]
+        mine = slice(first, first + target.size(0))
+        layers = [{name: x[mine].clone() for name, x in layer.items()} for layer in self._restored["layers"]]
+        self.training.layers = _to(layers, target.device)
+        self.training.next_segment = self._restored["next_segment"]
         self._restored = None
-        advice = "keep it to resume in the middle of an epoch, or begin a new one with --reset-dataloader"
-        if state["streams"] != position["streams"]:
-            raise ValueError(
-                f"the checkpoint has {state['streams']} streams, but --batch-size {rows} in "
-                f"{position['streams'] // rows} process(es) makes {position['streams']}: {advice}"
-            )
-        if state["tokens_per_sample"] != self.args.tokens_per_sample:
-            raise ValueError(
-                f"--tokens-per-sample is {self.args.tokens_per_sample}, but the checkpoint was trained with "
-                f"{state['tokens_per_sample']}: {advice}"
-            )
-        mine = slice(position["first_stream"], position["first_stream"] + rows)
-        layers = [{name: x[mine].clone() for name, x in layer.items()} for layer in state["layers"]]
-        self.training.layers = _to(layers, sample["target"].device)
-        self.training.next_segment = state["next_segment"]
 
     # --- Generation --------------------------------------------------------------------------------------------------
 

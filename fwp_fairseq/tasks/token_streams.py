@@ -2,11 +2,11 @@
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
-from fairseq.data import Dictionary, FairseqDataset, data_utils
+from fairseq.data import Dictionary, FairseqDataset, data_utils, iterators
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -114,3 +114,38 @@ class TokenStreams(FairseqDataset):
 
     def size(self, index: int) -> int:
         return self.segment_length
+
+
+class StreamsIterator(iterators.EpochBatchIterator):
+    """fairseq's iterator over TokenStreams, which goes on in the middle of an epoch with the same streams only."""
+
+    dataset: TokenStreams
+    num_shards: int
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints."""
+        streams = {"streams": self.dataset.streams, "tokens_per_sample": self.dataset.segment_length}
+        return {**super().state_dict(), **streams}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError if the checkpoint is of the middle of an epoch of other streams."""
+        if state_dict.get("iterations_in_epoch", 0) > 0:
+            self._check(state_dict.get("streams"), state_dict.get("tokens_per_sample"))
+        super().load_state_dict(state_dict)
+
+    def _check(self, streams: Optional[int], segment_length: Optional[int]) -> None:
+        text = self.dataset
+        if streams is None:
+            problem = "the checkpoint is of another task"
+        elif streams != text.streams:
+            problem = (
+                f"the checkpoint has {streams} streams, but --batch-size {text.streams // self.num_shards} in "
+                f"{self.num_shards} process(es) makes {text.streams}"
+            )
+        elif segment_length != text.segment_length:
+            problem = (
+                f"--tokens-per-sample is {text.segment_length}, but the checkpoint was trained with {segment_length}"
+            )
+        else:
+            return
+        raise ValueError(f"{problem}: training cannot go on in the middle of an epoch (--reset-dataloader begins one)")
