@@ -78,6 +78,32 @@ def test_favor_plus_estimates_the_softmax_kernel():
     torch.testing.assert_close(estimate, (x @ y.T).exp(), rtol=0.03, atol=0)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 3e-5)])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0, 10.0])
+def test_favor_plus_is_equations_31_and_32_whatever_the_size_of_a_key(dtype, tolerance, scale):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 20, 8, dtype=torch.float64, generator=generator) * scale
+    projection = draw_favor_projection(8, 16, dtype=torch.float64, generator=generator)
+    exponent = torch.cat([x @ projection.T, -x @ projection.T], dim=-1) - x.square().sum(dim=-1, keepdim=True) / 2
+    expected = exponent.exp() / math.sqrt(32)
+    actual = favor_plus(x.to(dtype), projection.to(dtype))
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=torch.finfo(dtype).tiny)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+def test_gradients_of_favor_plus_pass_gradcheck(scale):
+    x = (torch.randn(2, 3, 4, dtype=torch.float64) * scale).requires_grad_()
+    projection = draw_favor_projection(4, 6, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(favor_plus, (x, projection))
+
+
+def test_a_feature_that_is_cut_off_has_no_gradient():
+    x = torch.tensor([[1.0], [1e-3]], requires_grad=True)
+    features = favor_plus(x, torch.tensor([[100.0]]))
+    features.sum().backward()
+    assert features[0, 0] == features.max() and x.grad[0].abs() < 1e-30 and x.grad[1].abs() > 0
+
+
 def test_normalised_favor_equals_favor_then_sum_normalisation():
     x, projection = torch.randn(7, 4, dtype=torch.float64), draw_favor_projection(4, 6, dtype=torch.float64)
     torch.testing.assert_close(favor_plus_normalized(x, projection), sum_normalize(favor_plus(x, projection)))

@@ -230,7 +230,7 @@ def test_the_raw_operator_refuses_what_would_be_read_out_of_bounds(change, messa
 def test_auto_takes_the_compiled_operators_on_a_processor_and_chunks_elsewhere():
     assert choose_backend("auto") == "native"
     assert choose_backend("auto", device_type="meta") == "chunk"
-    assert choose_backend("auto", max_norm=1.0) == "loop"
+    assert choose_backend("auto", max_norm=1.0) == "chunk"
 
 
 @pytest.fixture

@@ -269,7 +269,7 @@ def test_keys_of_any_size_give_neither_nan_nor_infinite_gradients(
         ({"feature_map": "favor", "favor_features": 0}, ["--favor-features is 0", "at least 1"]),
         ({"key_size": 0}, ["--key-size is 0", "at least 1"]),
         ({"update_rule": "gated"}, ["--update-rule is gated", "sum, delta, fwm"]),
-        ({"update_rule": "fwm", "fast_weight_backend": "chunk"}, ["--fast-weight-backend", "fwm", "loop"]),
+        ({"update_rule": "fwm", "fast_weight_backend": "native"}, ["--fast-weight-backend", "fwm", "chunk"]),
     ],
 )
 def test_wrong_options_of_the_model_are_named(options: dict[str, Any], words: list[str]) -> None:

@@ -15,6 +15,7 @@ namespace fwp {
 #define FWP_VECTOR_BYTES 16
 #include "fast_weights_cpu_kernels.h"
 #include "fast_weights_cpu_step.h"
+#include "few_rows_linear_kernel.h"
 #undef FWP_ISA
 #undef FWP_VECTOR_BYTES
 
@@ -30,6 +31,7 @@ namespace fwp {
 #define FWP_VECTOR_BYTES 32
 #include "fast_weights_cpu_kernels.h"
 #include "fast_weights_cpu_step.h"
+#include "few_rows_linear_kernel.h"
 #undef FWP_ISA
 #undef FWP_VECTOR_BYTES
 #if defined(__clang__)
@@ -80,6 +82,11 @@ void read(const Read& problem, int64_t begin, int64_t end) {
     FWP_DISPATCH(read<T>(problem, begin, end));
 }
 
+template <class T>
+void linear(const Linear& problem, int64_t begin, int64_t end) {
+    FWP_DISPATCH(linear<T>(problem, begin, end));
+}
+
 template void forward<float>(const Problem&, int64_t, int64_t);
 template void forward<double>(const Problem&, int64_t, int64_t);
 template void backward<float>(const Problem&, int64_t, int64_t);
@@ -88,5 +95,7 @@ template void step<float>(const Step&, const Moves&, int64_t, int64_t);
 template void step<double>(const Step&, const Moves&, int64_t, int64_t);
 template void read<float>(const Read&, int64_t, int64_t);
 template void read<double>(const Read&, int64_t, int64_t);
+template void linear<float>(const Linear&, int64_t, int64_t);
+template void linear<double>(const Linear&, int64_t, int64_t);
 
 }  // namespace fwp

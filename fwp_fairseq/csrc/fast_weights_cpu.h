@@ -34,6 +34,17 @@ void step(const Step& problem, const Moves& moves, int64_t begin, int64_t end);
 template <class T>
 void read(const Read& problem, int64_t begin, int64_t end);
 
+// y = x W^T + bias. Rows of x and y are contiguous, those of the weight `weight_row` apart; bias may be null.
+struct Linear {
+    const void *x, *weight, *bias;
+    void* y;
+    int64_t rows, inputs, outputs, weight_row;
+};
+
+// Outputs [begin, end) of all rows.
+template <class T>
+void linear(const Linear& problem, int64_t begin, int64_t end);
+
 // Name of the instruction set in use.
 const char* instruction_set();
 

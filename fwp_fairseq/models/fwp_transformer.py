@@ -122,6 +122,7 @@ class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
     """
 
     prefix: Optional[Tensor] = None
+    _modules_with_state: Optional[list[Any]] = None
 
     def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
         return wrap_layer(FastWeightDecoderLayer(cfg, no_encoder_attn), cfg)
@@ -172,6 +173,14 @@ class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
     def make_generation_fast_(self, **kwargs: Any) -> None:
         """fairseq calls this of every module of a model that is going to generate."""
         use_few_rows_linear(self)
+        self._modules_with_state = [x for x in self.modules() if hasattr(x, "reorder_incremental_state")]
+
+    def reorder_incremental_state_scripting(self, incremental_state: IncrementalState, new_order: Tensor) -> None:
+        """As fairseq's, which for every token looks through all modules for those that have a state."""
+        if self._modules_with_state is None:
+            return super().reorder_incremental_state_scripting(incremental_state, new_order)
+        for module in self._modules_with_state:
+            module.reorder_incremental_state(incremental_state, new_order)
 
     def reorder_incremental_state(self, incremental_state: IncrementalState, new_order: Tensor) -> None:
         """fairseq calls this of every module in the decoder: here for what was read ahead."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fwp_fairseq.modules.carried_state import LayerState
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
+from fwp_fairseq.modules.few_rows_linear import JointLinear, join_linears
 from fwp_fairseq.modules.key_features import KeyFeatures
 from fwp_fairseq.ops import (
     Gates,
@@ -95,6 +96,7 @@ class FastWeightAttention(nn.Module):
         # While ``carry`` is in effect: what a parallel pass goes on from, and where it leaves what it has in the end.
         self._before: LayerState = {}
         self._after: Optional[LayerState] = None
+        self._joint_projection: Optional[JointLinear] = None
 
         def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
             return quant_noise(nn.Linear(inputs, outputs, bias=bias), q_noise, qn_block_size)
@@ -236,12 +238,13 @@ class FastWeightAttention(nn.Module):
         if memory is None:
             memory = query.new_zeros(*heads[:2], self.features.size, self.head_dim, dtype=state_dtype(query.dtype))
             normalizer = memory.new_zeros(*memory.shape[:3], 1) if self.attention_normalization else None
+        q, k, v, write, decay = self._project(query, key, value)
         read, places = native.step(
-            self.q_proj(query).view(heads),
-            self.k_proj(key).view(heads),
-            self.v_proj(value).view(heads),
-            None if self.write_proj is None else self.write_proj(key)[0],
-            None if self.decay_proj is None else self.decay_proj(key)[0],
+            q.view(heads),
+            k.view(heads),
+            v.view(heads),
+            write,
+            decay,
             None if padding is None else padding.bool().view(rows),
             memory,
             normalizer,
@@ -253,6 +256,22 @@ class FastWeightAttention(nn.Module):
         )
         self._set_input_buffer(incremental_state, {_MEMORY: memory, _NORMALIZER: normalizer, _PLACES: places})
         return read[:, :, None]
+
+    def _projections(self) -> list[Optional[nn.Module]]:
+        return [self.q_proj, self.k_proj, self.v_proj, self.write_proj, self.decay_proj]
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Any]:
+        """(1, B, .) -> (B, .) of q, k, v and, where the rule has them, of the write strength and the kept share."""
+        layers, joint = self._projections(), self._joint_projection
+        if joint is None or not (query is key is value) or not joint.is_current():
+            return [None if f is None else f(x)[0] for f, x in zip(layers, (query, key, value, key, key))]
+        outputs = iter(joint(query[0]))
+        return [None if layer is None else next(outputs) for layer in layers]
+
+    def make_generation_fast_(self, **kwargs: Any) -> None:
+        """fairseq calls this of every module of a model that is going to generate."""
+        if self.causal:
+            self._joint_projection = join_linears(self._projections())
 
     def _read_whole(
         self,

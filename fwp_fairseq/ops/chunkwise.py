@@ -31,7 +31,7 @@ DEFAULT_CHUNK_SIZE = 64
 _Chunk = tuple[Optional[Tensor], Tensor, Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor]]
 
 
-def _remaining(decay: Tensor) -> Tensor:
+def remaining_shares(decay: Tensor) -> Tensor:
     """P[t, s] = decay_{s+1} ... decay_t for s <= t, 0 above. Shape: (..., C) -> (..., C, C).
 
     Cumulative products of the factors themselves, not exponentials of differences of logarithms: exact when a factor
@@ -53,7 +53,7 @@ def _advance(
     memory: Tensor,
 ) -> tuple[Optional[Tensor], Tensor]:
     """One chunk: read-outs (None without queries) and the memory after it. Differentiable torch code."""
-    remaining = None if decay is None else _remaining(decay)
+    remaining = None if decay is None else remaining_shares(decay)
     from_start = None if decay is None else decay.cumprod(dim=-1)
 
     values = v if write is None else v * write[..., None]

@@ -1,8 +1,8 @@
 """The public operators on fast-weight memories. Layout: batch B, heads H, time L, features D.
 
 They check shapes, promote to the state's type, and pick a backend; the mathematics is in ``token_loop`` (the
-definition), ``chunkwise`` (parallel over time) and ``native`` (the same, compiled). ``update_rules`` says which scalars
-make which rule.
+definition), ``chunkwise`` and ``chunkwise_bounded`` (parallel over time) and ``native`` (the same, compiled).
+``update_rules`` says which scalars make which rule.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from fwp_fairseq.ops import chunkwise, fla, native, token_loop
+from fwp_fairseq.ops import chunkwise, chunkwise_bounded, fla, native, token_loop
 from fwp_fairseq.ops.numerics import state_dtype
 
 _Scan = Callable[..., tuple[Optional[Tensor], Tensor]]
@@ -47,7 +47,7 @@ def fast_weight_scan(
     backend: "loop" (the definition, one token at a time), "chunk" (parallel over time), "native" (parallel over time,
         compiled), "fla" (flash-linear-attention's kernels, for the delta rules in half precision on a GPU), or "auto":
         "native" where it was built and has kernels for the device and the size of keys, else "chunk".
-    max_norm: after each write scale W down to this Frobenius norm if it is larger (1 for FWM); needs the loop.
+    max_norm: after each write scale W down to this Frobenius norm if it is larger (1 for FWM); "loop" and "chunk" can.
     chunk_size: tokens per chunk of the "chunk" backend.
 
     Returns out (B, H, L, Dv) in v's type and the final state (B, H, Dk, Dv) in float32 (float64 for float64 inputs).
@@ -133,14 +133,15 @@ def _run(
     if name in _OWN_TYPES:
         return BACKENDS[name](q, k, v, write, erase, decay, initial_state)
     options: dict[str, Any] = {}
-    if name == "loop" and max_norm is not None:
+    if max_norm is not None:
         options["max_norm"] = max_norm
     if name == "chunk" and chunk_size is not None:
         options["chunk_size"] = chunk_size
+    scan: _Scan = chunkwise_bounded.scan if name == "chunk" and max_norm is not None else BACKENDS[name]
     if initial_state is None:
         initial_state = k.new_zeros(state_shape, dtype=dtype)
     inputs = (None if x is None else x.to(dtype) for x in (q, k, v, write, erase, decay))
-    return BACKENDS[name](*inputs, initial_state, **options)
+    return scan(*inputs, initial_state, **options)
 
 
 def choose_backend(
@@ -152,12 +153,10 @@ def choose_backend(
 ) -> str:
     """Name of the backend that runs, for keys of ``d_k`` features and a state of ``dtype``.
 
-    Raises ValueError for an unknown one and for ``max_norm`` without the loop.
+    Raises ValueError for an unknown one, and for ``max_norm`` with one that cannot bound the memory.
     """
     if backend == "auto":
-        if max_norm is not None:
-            return "loop"
-        if not native.supports(device_type, d_k, dtype):
+        if max_norm is not None or not native.supports(device_type, d_k, dtype):
             return "chunk"
         if native.unavailable is not None:
             native.note_unavailable()
@@ -165,8 +164,8 @@ def choose_backend(
         return "native"
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, allowed are {', '.join(['auto', *BACKENDS])}")
-    if max_norm is not None and backend != "loop":
-        raise ValueError(f"backend is {backend!r}, but renormalising after each write (FWM) needs 'loop' or 'auto'")
+    if max_norm is not None and backend not in ("loop", "chunk"):
+        raise ValueError(f"backend is {backend!r}, but a bound on the memory (FWM) needs 'chunk', 'loop' or 'auto'")
     return backend
 
 

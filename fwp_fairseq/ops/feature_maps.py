@@ -11,6 +11,7 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fwp_fairseq.ops.numerics import smallest_divisor, state_dtype
 
@@ -81,10 +82,37 @@ def favor_plus(x: Tensor, projection: Tensor) -> Tensor:
     exp(-|x|^2 / 2) / sqrt(2 m) * [exp(R x); exp(-R x)], evaluated with one exponential so that neither factor can
     overflow alone; exponents above 40 (features above 2e17) are cut off, to keep the sums that follow finite.
     """
-    projected = x @ projection.T
-    half_square = x.square().sum(dim=-1, keepdim=True) / 2
-    exponent = torch.cat([projected, -projected], dim=-1) - half_square
-    return exponent.clamp(max=_LARGEST_EXPONENT).exp() / math.sqrt(2 * projection.size(0))
+    return _FavorPlus.apply(x, projection)
+
+
+class _FavorPlus(torch.autograd.Function):
+    """FAVOR+ in few passes over the features, which are many, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x, projection):  # type: ignore[no-untyped-def]
+        # Half of each exponent, and the square of the exponential: torch's exp on a processor is ten to thirty times
+        # slower where the result is too small for its type, as most are with large keys. Below the floor it is zero.
+        numbers = torch.finfo(x.dtype)
+        floor = math.log(numbers.tiny * numbers.eps) / 2 - 0.5
+        scale = math.log(2 * projection.size(0)) / 4
+        largest = _LARGEST_EXPONENT / 2 - scale
+        projected = x @ projection.T / 2
+        features = torch.cat([projected, -projected], dim=-1)
+        features -= x.square().sum(dim=-1, keepdim=True) / 4 + scale
+        features.clamp_(floor, largest).exp_().square_()
+        ctx.save_for_backward(x, projection, features)
+        ctx.cut_off = math.exp(2 * largest) * (1 - 1e-4)
+        return features
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, projection, features = ctx.saved_tensors
+        grad_exponent = (grad * features).masked_fill_(features > ctx.cut_off, 0)
+        of_positive, of_negative = grad_exponent.chunk(2, dim=-1)
+        grad_projected = of_positive - of_negative
+        grad_x = grad_projected @ projection - x * grad_exponent.sum(dim=-1, keepdim=True)
+        return grad_x, grad_projected.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
 
 
 def favor_plus_normalized(x: Tensor, projection: Tensor) -> Tensor:

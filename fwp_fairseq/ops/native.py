@@ -148,6 +148,14 @@ def read(q: Tensor, state: Tensor, normalizer: Optional[Tensor], features: Addre
     return torch.ops.fwp_fairseq.read.default(q, state, normalizer, *_arguments(features, state))
 
 
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """x Wᵀ + bias: x (n, inputs), weight (outputs, inputs), bias (outputs) or None, of one type, float32 or float64.
+
+    It reads the weight once and for n of up to some ten takes the time of that. On a processor; inference only.
+    """
+    return torch.ops.fwp_fairseq.few_rows_linear(x, weight, bias)
+
+
 def _arguments(features: AddressFeatures, state: Tensor) -> tuple[Optional[Tensor], str, int, str]:
     feature_map, nu, key_normalization, projection = features
     return None if projection is None else projection.to(state.dtype), feature_map, nu, key_normalization
@@ -156,6 +164,7 @@ def _arguments(features: AddressFeatures, state: Tensor) -> tuple[Optional[Tenso
 def _register() -> None:
     torch.library.register_fake("fwp_fairseq::step", _step_shapes)
     torch.library.register_fake("fwp_fairseq::read", lambda q, state, *_: q.new_empty(*q.shape[:2], state.size(3)))
+    torch.library.register_fake("fwp_fairseq::few_rows_linear", lambda x, w, _: x.new_empty(x.size(0), w.size(0)))
     torch.library.register_fake("fwp_fairseq::scan", _scan_shapes)
     torch.library.register_fake("fwp_fairseq::scan_backward", _backward_shapes)
     torch.library.register_autograd("fwp_fairseq::scan", _backward, setup_context=_save)

@@ -35,7 +35,7 @@ class UpdateRule:
 
     strength: it has a learned write strength β. erases: it removes β times the value that the key retrieves.
     forgets: "complement" keeps 1 − β of the memory, "learned" keeps a learned share α. max_norm: bound on the
-    Frobenius norm of the memory after each write, which only the token loop can apply.
+    Frobenius norm of the memory after each write, which the compiled backends do not have.
     """
 
     name: str

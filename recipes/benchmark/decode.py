@@ -2,7 +2,7 @@
 """Time fairseq-generate, token by token: a table, decode.csv and decode.png.
 
 Translation models of base width (512, feed-forward 2,048, 8 heads, 6 + 6 layers) and a language model of the paper's
-medium shape (width 256, feed-forward 4,096, 8 heads, 16 layers), with random weights and a vocabulary of 10,000 words,
+medium shape (width 256, feed-forward 2,048, 8 heads, 16 layers), with random weights and a vocabulary of 10,000 words,
 write outputs of a fixed length (--min-len). Softmax is fairseq's own transformer and transformer_lm. Each run is
 fairseq-generate in a process of its own; a token's time is that from one call of the decoder to the next, search
 included. The state is what the decoder carries from token to token, cross-attention apart, for each hypothesis.
@@ -32,7 +32,7 @@ POSITIONS = 9000
 SUBSETS = {16: "test", 4: "test1", 1: "test2"}
 
 LM_SIZE = "--decoder-layers 16 --decoder-embed-dim 256 --decoder-input-dim 256 --decoder-output-dim 256 "
-LM_SIZE += "--decoder-ffn-embed-dim 4096 --decoder-attention-heads 8"
+LM_SIZE += "--decoder-ffn-embed-dim 2048 --decoder-attention-heads 8"
 FAST = "--feature-map dpfp --dpfp-nu 1 --update-rule delta"
 EVERYWHERE = "--encoder-self-attention fast-weight --decoder-self-attention fast-weight --cross-attention fast-weight"
 MODELS = {

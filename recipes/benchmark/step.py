@@ -28,7 +28,7 @@ from fwp_fairseq.ops import native
 ROWS = [1, 5, 20, 80, 400, 2000, 8000]
 HEADS, D_KEY, D_V = 8, 64, 64
 # Inputs and outputs of projections, of the feed-forward network, and of the output layer.
-LINEAR = [(512, 512), (512, 2048), (2048, 512), (512, 10_000)]
+LINEAR = [(512, 512), (512, 1_544), (512, 2048), (2048, 512), (512, 10_000)]
 
 
 def make_step(rows: int, heads: int, d_key: int, d_v: int, reorder: bool) -> tuple[Callable[[], object], torch.Tensor]:

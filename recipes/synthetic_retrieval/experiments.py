@@ -106,7 +106,7 @@ FIGURES = {
     "figure2": Figure(CAPACITY_MODELS, False, tuple(range(20, 601, 20)), quick_sizes=(20, 60, 100, 160, 240)),
     "figure3": Figure(("dpfp1_sum", "dpfp1_delta", "dpfp1_fwm", "tanh_fwm"), True, (20,), (1, 2, 3), (20,)),
     "figure4": Figure(CAPACITY_MODELS, False, (600,), quick_sizes=(240,)),
-    # The losses of tanh with FWM, up to 95, are beyond what the figure shows, and would take days.
+    # The losses of tanh with FWM, up to 95, are beyond what the figure shows.
     "figure5": Figure(UPDATE_MODELS, True, tuple(range(20, 201, 20)), quick_sizes=(20, 60), more_models=("tanh_fwm",)),
 }
 
@@ -182,9 +182,10 @@ def expected_seconds(run: Run, authors: dict[tuple[str, bool, int], tuple[float,
         known = authors[min(near, key=lambda key: abs(key[2] - run.num_keys))] if near else (0.0, 3000)
     features, _, rule = run.model.partition("_")
     kind, number = features.rstrip("0123456789"), int("0" + features.lstrip("abcdefghijklmnopqrstuvwxyz"))
-    rows = {"favor": 3 * number, "dpfp": 2 * KEY_SIZE * number}.get(kind, KEY_SIZE)
+    rows = {"favor": 2 * number, "dpfp": 2 * KEY_SIZE * number}.get(kind, KEY_SIZE)
     tokens = run.batch_size * run.seq_len
-    per_token = {"delta": 4e-10 * rows * run.num_keys, "fwm": 1.4e-8 * rows * run.num_keys}.get(rule, 1.8e-8 * rows)
+    fwm = 2e-4 / run.batch_size + 2.2e-10 * rows * run.num_keys
+    per_token = {"delta": 4e-10 * rows * run.num_keys, "fwm": fwm}.get(rule, 1.2e-8 * rows)
     return 5.0 + known[1] * (0.006 + tokens * per_token)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Training steps and evaluations per second with the delta rule: compiled operators beside a plain loop over tokens.
+"""Training steps and evaluations per second in setting 2: operators parallel over time beside a loop over tokens.
 
 The loop is the recurrence as the equations state it, one token after the other, in torch with autograd; its evaluations
 take one sequence at a time. Both train the same model, without fairseq's trainer, and have turns; the figures are
@@ -30,9 +30,9 @@ def clock(action: Any) -> float:
 class Trained:
     """A model with what one step and one evaluation need."""
 
-    def __init__(self, num_keys: int, backend: str) -> None:
+    def __init__(self, num_keys: int, rule: str, backend: str) -> None:
         torch.manual_seed(1)
-        cfg = AssociativeMemoryConfig(update_rule="delta", feature_map="dpfp", dpfp_nu=1, fast_weight_backend=backend)
+        cfg = AssociativeMemoryConfig(update_rule=rule, feature_map="dpfp", dpfp_nu=1, fast_weight_backend=backend)
         self.model = AssociativeMemory(cfg, num_keys)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
         self.criterion = HalfSquaredError(None)
@@ -59,9 +59,13 @@ def main() -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-keys", type=int, default=200, metavar="S", help="number of keys (%(default)s)")
+    parser.add_argument("--rule", choices=("delta", "fwm"), default="delta", help="update rule (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns of each (%(default)s)")
     options = parser.parse_args()
-    forms = {"loop over tokens": Trained(options.num_keys, "loop"), "operators": Trained(options.num_keys, "auto")}
+    forms = {
+        name: Trained(options.num_keys, options.rule, backend)
+        for name, backend in (("loop", "loop"), ("operators", "auto"))
+    }
     times: dict[tuple[str, str], list[float]] = {}
     for turn in range(options.repeats + 1):
         for name, form in forms.items():
@@ -69,10 +73,13 @@ def main() -> int:
                 seconds = clock(action)
                 if turn:  # the first fills caches
                     times.setdefault((name, what), []).append(seconds)
-    print(f"delta rule, DPFP-1, S = {options.num_keys}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(
+        f"{options.rule}, DPFP-1, S = {options.num_keys}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, medians of {options.repeats}"
+    )
     for what in "step", "evaluation":
         loop, operators = (statistics.median(times[name, what]) for name in forms)
-        print(f"{what}s per second: loop {1 / loop:.3g}, operators {1 / operators:.3g}, {loop / operators:.0f} times")
+        print(f"{what}s per second: loop {1 / loop:.3g}, operators {1 / operators:.3g}, {loop / operators:.1f} times")
     return 0
 
 
