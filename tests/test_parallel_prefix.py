@@ -109,7 +109,7 @@ def test_nothing_of_a_prompt_is_left_behind():
     generate(ParallelPrefixGenerator, [model], prompt, 2)
     assert model.decoder.prefix is None
     attentions = [m for m in model.modules() if isinstance(m, FastWeightAttention)]
-    assert attentions and all(m._memory_goes_to is None for m in attentions)
+    assert attentions and all(m._after is None and not m._before for m in attentions)
     with pytest.raises(AssertionError, match="min_len"):  # fairseq's own check
         generate(ParallelPrefixGenerator, [model], prompt, 2, min_len=50)
     assert model.decoder.prefix is None

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from fairseq import models, options
 from fairseq.data import Dictionary
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from torch import Tensor
 
 import fwp_fairseq.models  # noqa: F401  (registers the architectures)
+from fwp_fairseq.tasks.streaming_language_modeling import StreamingLanguageModelingTask
 
 PLACES = ("encoder-self-attention", "decoder-self-attention", "cross-attention")
 
@@ -51,6 +53,18 @@ def build_lm(*flags: str, arch: str = "fwp_transformer_lm", words: int = 20, tin
     args = parse("language_modeling", arch, *(sizes.split() if tiny else []), *flags)
     args.max_target_positions = 64
     return _build(args, LanguageModelingTask(LanguageModelingConfig(), dictionary(words)))
+
+
+def build_streaming_lm(
+    *flags: str, arch: str = "fwp_transformer_lm", words: int = 20, tiny: bool = True, positions: bool = False
+) -> Any:
+    """A language model whose state can be carried, of two layers, and its task."""
+    sizes = "--decoder-layers 2 --decoder-embed-dim 8 --decoder-ffn-embed-dim 16 --decoder-attention-heads 2"
+    no_positions = [] if positions else ["--no-token-positional-embeddings"]
+    args = parse("streaming_language_modeling", arch, *(sizes.split() if tiny else []), *no_positions, *flags)
+    cfg = convert_namespace_to_omegaconf(args)
+    task = StreamingLanguageModelingTask(cfg.task, dictionary(words))
+    return task.build_model(cfg.model), task
 
 
 def _build(args: argparse.Namespace, task: Any) -> Any:

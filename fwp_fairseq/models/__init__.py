@@ -8,6 +8,11 @@ from fwp_fairseq.checkpoints import protect_checkpoint_loading  # noqa: E402
 
 protect_checkpoint_loading()
 
-from fwp_fairseq.models import associative_memory, fwp_transformer, fwp_transformer_lm  # noqa: E402
+from fwp_fairseq.models import (  # noqa: E402
+    associative_memory,
+    fwp_transformer,
+    fwp_transformer_lm,
+    transformer_xl_lm,
+)
 
-__all__ = ["associative_memory", "fwp_transformer", "fwp_transformer_lm"]
+__all__ = ["associative_memory", "fwp_transformer", "fwp_transformer_lm", "transformer_xl_lm"]

@@ -3,7 +3,6 @@
 Everything but the attention modules is fairseq's: this file only says which options there are, and hooks the layers in.
 """
 
-from contextlib import ExitStack
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from typing import Any, Optional, cast
 
@@ -20,6 +19,7 @@ from fairseq.models.transformer import transformer_legacy as fairseq_architectur
 from torch import Tensor, nn
 
 from fwp_fairseq.modules import FastWeightAttention, FastWeightConfig, FastWeightDecoderLayer, FastWeightEncoderLayer
+from fwp_fairseq.modules.carried_state import CarriesState
 from fwp_fairseq.modules.fast_weight_attention import IncrementalState
 from fwp_fairseq.modules.fast_weight_config import ATTENTION_KINDS
 from fwp_fairseq.modules.fast_weight_layers import (
@@ -114,7 +114,7 @@ class FWPTransformerEncoder(TransformerEncoderBase):
         return wrap_layer(FastWeightEncoderLayer(cfg, return_fc=self.return_fc), cfg)
 
 
-class FWPTransformerDecoder(TransformerDecoderBase):
+class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
     """fairseq's Transformer decoder with FastWeightDecoderLayer.
 
     ``prefix``, (sentences, P), are words that every output is known to begin with, or None. Incremental decoding then
@@ -147,17 +147,28 @@ class FWPTransformerDecoder(TransformerDecoderBase):
         return self.output_layer(ahead["features"][:, here]), {"attn": [attn], "inner_states": None}
 
     def _read_ahead(self, tokens: Tensor, encoder_out: Any, incremental_state: IncrementalState) -> None:
-        with ExitStack() as stack:
-            for layer in self.layers:
-                stack.enter_context(layer.self_attn.keep_memory_in(incremental_state))
+        with self.carry() as state:
             features, extra = self.extract_features(tokens, encoder_out)
+        self.put_state(state, incremental_state, tokens.size(0))
         self.set_incremental_state(incremental_state, _AHEAD, {"features": features, "attn": extra["attn"][0]})
 
     def can_read_ahead(self) -> bool:
         """Whether all that decoding keeps of earlier tokens are fast weights."""
         return not self.cross_self_attention and all(
-            isinstance(layer.self_attn, FastWeightAttention) for layer in self.layers
+            isinstance(attention, FastWeightAttention) for attention in self.self_attentions()
         )
+
+    def cannot_carry_state(self) -> Optional[str]:
+        if not self.can_read_ahead():
+            return (
+                "--decoder-self-attention is softmax, which would have to keep the keys and values of all tokens: "
+                "allowed is fast-weight (or the architecture transformer_xl_lm, whose memory has a fixed length)"
+            )
+        return super().cannot_carry_state()
+
+    def buffered_future_mask(self, tensor: Tensor) -> Optional[Tensor]:
+        """None where no layer looks at it: its size is quadratic in the length."""
+        return None if self.can_read_ahead() else super().buffered_future_mask(tensor)
 
     def make_generation_fast_(self, **kwargs: Any) -> None:
         """fairseq calls this of every module of a model that is going to generate."""

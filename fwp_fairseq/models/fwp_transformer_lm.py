@@ -28,23 +28,26 @@ _FOLLOWS = {"decoder_input_dim": "decoder_embed_dim", "decoder_output_dim": "dec
 
 
 @dataclass
-class FWPTransformerLanguageModelConfig(TransformerLanguageModelConfig, FastWeightConfig):
-    """Options of fairseq's transformer_lm and of fast-weight attention.
+class LanguageModelConfig(TransformerLanguageModelConfig):
+    """Options of fairseq's transformer_lm.
 
     Input and output width follow ``decoder_embed_dim`` unless they are given; fairseq leaves them at 512.
     """
 
     decoder_input_dim: Optional[int] = size_that_follows("decoder_embed_dim")
     decoder_output_dim: Optional[int] = size_that_follows("decoder_embed_dim")
-    decoder_self_attention: AttentionKind = PLACE_FIELDS[DECODER_SELF_ATTENTION]
 
 
-@register_model("fwp_transformer_lm", dataclass=FWPTransformerLanguageModelConfig)
-class FWPTransformerLanguageModel(TransformerLanguageModel):
-    """Decoder-only Transformer with fast weights; with softmax attention it is fairseq's transformer_lm."""
+class LanguageModel(TransformerLanguageModel):
+    """fairseq's transformer_lm with a decoder of another kind, which subclasses build."""
 
     @classmethod
-    def build_model(cls, args: Any, task: Any) -> "FWPTransformerLanguageModel":
+    def build_decoder(cls, cfg: Any, args: Any, dictionary: Any, embed_tokens: nn.Module) -> nn.Module:
+        """``cfg`` is ``args`` as fairseq's TransformerConfig."""
+        raise NotImplementedError
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> "LanguageModel":
         resolve_sizes(args, _FOLLOWS)
         if args.decoder_layers_to_keep:
             args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
@@ -54,8 +57,7 @@ class FWPTransformerLanguageModel(TransformerLanguageModel):
         embed_tokens = cls._build_input(args, task.source_dictionary)
         cfg = TransformerConfig.from_namespace(args)
         cfg.adaptive_softmax_cutoff = _cutoffs(args.adaptive_softmax_cutoff)
-        attach_fast_weights(cfg, args, (DECODER_SELF_ATTENTION,))
-        return cls(FWPTransformerDecoder(cfg, task.target_dictionary, embed_tokens, no_encoder_attn=True))
+        return cls(cls.build_decoder(cfg, args, task.target_dictionary, embed_tokens))
 
     @classmethod
     def _build_input(cls, args: Any, dictionary: Any) -> nn.Module:
@@ -81,6 +83,23 @@ class FWPTransformerLanguageModel(TransformerLanguageModel):
                 args.quant_noise_pq_block_size,
             )
         return cls.build_embedding(args, dictionary, args.decoder_input_dim)
+
+
+@dataclass
+class FWPTransformerLanguageModelConfig(LanguageModelConfig, FastWeightConfig):
+    """Options of fairseq's transformer_lm and of fast-weight attention."""
+
+    decoder_self_attention: AttentionKind = PLACE_FIELDS[DECODER_SELF_ATTENTION]
+
+
+@register_model("fwp_transformer_lm", dataclass=FWPTransformerLanguageModelConfig)
+class FWPTransformerLanguageModel(LanguageModel):
+    """Decoder-only Transformer with fast weights; with softmax attention it is fairseq's transformer_lm."""
+
+    @classmethod
+    def build_decoder(cls, cfg: Any, args: Any, dictionary: Any, embed_tokens: nn.Module) -> nn.Module:
+        attach_fast_weights(cfg, args, (DECODER_SELF_ATTENTION,))
+        return FWPTransformerDecoder(cfg, dictionary, embed_tokens, no_encoder_attn=True)
 
 
 def _check_tied_weights(args: Any) -> None:
@@ -111,22 +130,21 @@ def _cutoffs(given: Any) -> Any:
     return [int(points)] if isinstance(points, (int, float)) else [int(point) for point in points]
 
 
-def _set_defaults(args: Any, **defaults: Any) -> None:
+def set_defaults(args: Any, **defaults: Any) -> None:
+    """Set the options that were not given."""
     for name, value in defaults.items():
         setattr(args, name, getattr(args, name, value))
 
 
-@register_model_architecture("fwp_transformer_lm", "fwp_transformer_lm_wiki103_small")
-def fwp_transformer_lm_wiki103_small(args: Any) -> None:
-    """The paper's small model (appendix D.3, F): 16 layers, width 128, 8 heads; adaptive softmax of one width, tied."""
-    _set_defaults(
+def set_wiki103_defaults(args: Any, decoder_embed_dim: int) -> None:
+    """What the paper's models for WikiText-103 have in common: 16 layers, adaptive softmax of one width, tied."""
+    set_defaults(
         args,
         decoder_layers=16,
-        decoder_embed_dim=128,
+        decoder_embed_dim=decoder_embed_dim,
         decoder_ffn_embed_dim=2048,
         decoder_attention_heads=8,
         dropout=0.1,
-        no_attention_bias=True,
         adaptive_input=True,
         adaptive_input_factor=1,
         adaptive_input_cutoff="20000,40000,200000",
@@ -134,12 +152,18 @@ def fwp_transformer_lm_wiki103_small(args: Any) -> None:
         adaptive_softmax_cutoff="20000,40000,200000",
         tie_adaptive_weights=True,
         tie_adaptive_proj=True,
-        feature_map="elu",
     )
+
+
+@register_model_architecture("fwp_transformer_lm", "fwp_transformer_lm_wiki103_small")
+def fwp_transformer_lm_wiki103_small(args: Any) -> None:
+    """The paper's small model (appendix D.3, F): 16 layers, width 128, 8 heads; adaptive softmax of one width, tied."""
+    set_wiki103_defaults(args, decoder_embed_dim=128)
+    set_defaults(args, no_attention_bias=True, feature_map="elu")
 
 
 @register_model_architecture("fwp_transformer_lm", "fwp_transformer_lm_wiki103_medium")
 def fwp_transformer_lm_wiki103_medium(args: Any) -> None:
     """The paper's medium model: as the small one, with width 256."""
-    _set_defaults(args, decoder_embed_dim=256)
+    set_defaults(args, decoder_embed_dim=256)
     fwp_transformer_lm_wiki103_small(args)

@@ -12,6 +12,7 @@ from fairseq.modules.fairseq_dropout import FairseqDropout
 from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor, nn
 
+from fwp_fairseq.modules.carried_state import LayerState
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 from fwp_fairseq.modules.few_rows_linear import JointLinear, join_linears
 from fwp_fairseq.modules.key_features import KeyFeatures
@@ -92,7 +93,9 @@ class FastWeightAttention(nn.Module):
         self.backend = str(config.fast_weight_backend)
         self.attention_normalization = config.attention_normalization
         self.beam_size = 1
-        self._memory_goes_to: Optional[IncrementalState] = None
+        # While ``carry`` is in effect: what a parallel pass goes on from, and where it leaves what it has in the end.
+        self._before: LayerState = {}
+        self._after: Optional[LayerState] = None
         self._joint_projection: Optional[JointLinear] = None
 
         def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
@@ -187,7 +190,8 @@ class FastWeightAttention(nn.Module):
         q, k, v = self._split_heads(self.q_proj(query), self.k_proj(key), self.v_proj(value))
         q, k = self.features(q, k)
         gates = self._gates(key, padding)
-        memory, normalizer = _in_rows(self._get_input_buffer(incremental_state))
+        decoding = incremental_state is not None
+        memory, normalizer = _in_rows(self._get_input_buffer(incremental_state) if decoding else dict(self._before))
 
         before = k.size(2) - q.size(2)
         if before > 0:
@@ -196,7 +200,8 @@ class FastWeightAttention(nn.Module):
             )
             k, v, gates = k[:, :, before:], v[:, :, before:], _cut(gates, slice(before, None))
 
-        if memory is not None and q.size(2) == 1 and not torch.is_grad_enabled():
+        # In place, which is not for a memory that was carried here.
+        if decoding and memory is not None and q.size(2) == 1 and not torch.is_grad_enabled():
             read = self._step(q[:, :, 0], k[:, :, 0], v[:, :, 0], _cut(gates, 0), memory, normalizer)[:, :, None]
         elif self.attention_normalization:
             read, memory, normalizer = normalized_scan(
@@ -206,8 +211,10 @@ class FastWeightAttention(nn.Module):
             read, memory = fast_weight_scan(
                 q, k, v, *gates, initial_state=memory, backend=self.backend, max_norm=self.rule.max_norm
             )
-        kept_in = self._memory_goes_to if incremental_state is None else incremental_state
-        self._set_input_buffer(kept_in, {_MEMORY: memory, _NORMALIZER: normalizer})
+        self._set_input_buffer(incremental_state, {_MEMORY: memory, _NORMALIZER: normalizer})
+        if not decoding and self._after is not None:
+            left = {_MEMORY: memory, _NORMALIZER: normalizer}
+            self._after.update({name: x.detach() for name, x in left.items() if x is not None})
         return read
 
     def _decodes_natively(self, query: Tensor) -> bool:
@@ -339,13 +346,17 @@ class FastWeightAttention(nn.Module):
         return tuple(x.unflatten(-1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3) for x in projected)
 
     @contextmanager
-    def keep_memory_in(self, incremental_state: IncrementalState) -> Iterator[None]:
-        """Within this context a parallel pass over many tokens leaves its memory for decoding to go on from."""
-        self._memory_goes_to = incremental_state
+    def carry(self, before: LayerState) -> Iterator[LayerState]:
+        """Within this context a parallel pass goes on from ``before``: what an earlier context yielded, or empty.
+
+        The yielded dict then has what the next pass can go on from, without gradient. ``before`` stays as it is, so
+        that --checkpoint-activations can repeat the pass.
+        """
+        self._before, self._after = before, dict(before)
         try:
-            yield
+            yield self._after
         finally:
-            self._memory_goes_to = None
+            self._before, self._after = {}, None
 
     def set_beam_size(self, beam_size: int) -> None:
         """fairseq's generator says how many hypotheses of a sentence are rows of the batch."""

@@ -5,6 +5,6 @@ from fwp_fairseq._requirements import require_fairseq
 require_fairseq()
 
 from fwp_fairseq import criterions, optim  # noqa: E402
-from fwp_fairseq.tasks import associative_retrieval, parallel_prefix  # noqa: E402
+from fwp_fairseq.tasks import associative_retrieval, parallel_prefix, streaming_language_modeling  # noqa: E402
 
-__all__ = ["associative_retrieval", "criterions", "optim", "parallel_prefix"]
+__all__ = ["associative_retrieval", "criterions", "optim", "parallel_prefix", "streaming_language_modeling"]
