@@ -99,7 +99,9 @@ def download(url: str, path: Path) -> None:
 def receive(url: str, part: Path) -> None:
     """One attempt of a download. Raises OSError if it breaks off."""
     done = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    # Some places refuse urllib's own name.
+    headers = {"User-Agent": "fwp-fairseq"} | ({"Range": f"bytes={done}-"} if done else {})
+    request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         # A server may send all of it instead of the rest.
         resumed = answer.status == 206

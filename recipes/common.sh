@@ -172,9 +172,14 @@ step() {
 # fingerprint FILE...: a short digest of the contents, in the order given.
 fingerprint() {
     "$python" - "$@" <<'END'
-import hashlib, pathlib, sys
-digests = [hashlib.sha256(pathlib.Path(name).read_bytes()).hexdigest() for name in sys.argv[1:]]
-print(hashlib.sha256("".join(digests).encode()).hexdigest()[:16])
+import hashlib, sys
+def digest(name):
+    result = hashlib.sha256()
+    with open(name, "rb") as file:
+        while block := file.read(1 << 20):
+            result.update(block)
+    return result.hexdigest()
+print(hashlib.sha256("".join(map(digest, sys.argv[1:])).encode()).hexdigest()[:16])
 END
 }
 
@@ -244,7 +249,7 @@ log_training() {
     # fairseq writes a checkpoint whole or not at all, but copies the best one to be the last one, too: killed at that
     # it would find half a file, and stop.
     local last=$folder/checkpoint_last.pt best=$folder/checkpoint_best.pt
-    if [[ -e $best ]] && ! "$python" -m zipfile --test "$last" &>/dev/null; then
+    if ((!${node_rank:-0})) && [[ -e $best ]] && ! "$python" -m zipfile --test "$last" &>/dev/null; then
         cp -- "$best" "$last.new"
         mv -- "$last.new" "$last"
     fi

@@ -2,6 +2,19 @@
 # What the recipes for the paper's tables share beyond common.sh: public archives, GPUs on one machine or several, and
 # trainings that took too long to be replaced by mistake. To be sourced after common.sh.
 
+# --- Arguments -------------------------------------------------------------------------------------------------------
+
+no_words() {
+    ((!${#words[@]})) || fail "unexpected argument '${words[0]}' (--help lists the options)."
+}
+
+# Set row to the one that was given, of the array rows.
+enter_row() {
+    ((${#words[@]} == 1)) || fail "name one row, of: ${rows[*]} (--help lists the options)."
+    row=${words[0]}
+    [[ " ${rows[*]} " == *" $row "* ]] || fail "there is no row '$row', allowed are: ${rows[*]}."
+}
+
 # --- Archives --------------------------------------------------------------------------------------------------------
 
 archive_options() {

@@ -1,6 +1,7 @@
 """Running the scripts of the recipes, with the Python and the packages that run the tests."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,13 @@ def environment(**variables: str) -> dict[str, str]:
     """The environment of a script: no settings but these, the Python of the tests as it is, one thread."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("FWP_")}
     return own | {"PYTHON": sys.executable, "FWP_VENV": "none", "FWP_THREADS": "1"} | variables
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def script(path: Path, *arguments: object, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:

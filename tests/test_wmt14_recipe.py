@@ -7,10 +7,11 @@ import re
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from recipe_scripts import AWKWARD, RECIPES, assert_one_sentence, script, succeed
+from recipe_scripts import AWKWARD, RECIPES, assert_one_sentence, free_port, script, succeed
 
 pytest.importorskip("sacremoses")
 RECIPE = RECIPES / "wmt14_en_de"
@@ -96,10 +97,14 @@ def prepared(home: Path, options: list[object]) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(prepared: Path) -> Path:
-    """Two rows, one trained by one process and one by two."""
+    """Two rows, one trained by one process, and one by two on what they take for two machines with one disk."""
     out = ["--output", prepared, "--cpu"]
     succeed(RECIPE / "train.sh", "dpfp-2", *out, "--size", "base", "--", *TINY)
-    succeed(RECIPE / "train.sh", "softmax", *out, "--gpus", 2, "--port", 29517, "--", *TINY)
+    two = ["softmax", *out, "--nodes", 2, "--master", "127.0.0.1", "--port", free_port()]
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [pool.submit(succeed, RECIPE / "train.sh", *two, "--node-rank", i, "--", *TINY) for i in (0, 1)]
+        for rank in ranks:
+            rank.result()
     succeed(RECIPE / "evaluate.sh", *out)
     return prepared
 

@@ -21,17 +21,7 @@ row_flags() {
     esac
 }
 
-no_words() {
-    ((!${#words[@]})) || fail "unexpected argument '${words[0]}' (--help lists the options)."
-}
-
-# Check the row that was given, and go to where prepare.sh has been.
-enter_row() {
-    ((${#words[@]} == 1)) || fail "name one row, of: ${rows[*]} (--help lists the options)."
-    row=${words[0]}
-    [[ " ${rows[*]} " == *" $row "* ]] || fail "there is no row '$row', allowed are: ${rows[*]}."
-}
-
+# Go to where prepare.sh has been.
 enter_prepared() {
     [[ -f $output/data-bin/dict.en.txt ]] || fail "there is no data in $output: make it with prepare.sh first."
     enter_output

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import argparse
 import html
-import io
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bpe import learn_bpe, segmenter
 from parallel import each_chunk, lines, write_lines
 
 MAX_PIECES = 250
@@ -52,34 +51,6 @@ def tokenizer(lang: str, normalize: bool) -> Callable[[list[str]], list[str]]:
         return [moses.tokenize(line, aggressive_dash_splits=True, return_str=True) for line in chunk]
 
     return tokenize
-
-
-def counter() -> Callable[[list[str]], Counter[str]]:
-    """Counts words."""
-    return lambda chunk: Counter(chain.from_iterable(line.split() for line in chunk))
-
-
-def learn_bpe(texts: Sequence[Path], merges: int, jobs: int) -> list[str]:
-    """The lines of a file of byte-pair merges."""
-    from subword_nmt.learn_bpe import learn_bpe as learn
-
-    words: Counter[str] = Counter()
-    for count in each_chunk(chain.from_iterable(map(lines, texts)), jobs, counter):
-        words.update(count)
-    # Ties are broken by the order of the words.
-    dictionary = [f"{word} {count}" for word, count in sorted(words.items(), key=lambda item: (-item[1], item[0]))]
-    codes = io.StringIO()
-    learn(dictionary, codes, merges, is_dict=True)
-    return codes.getvalue().splitlines()
-
-
-def segmenter(codes: str) -> Callable[[list[str]], list[str]]:
-    """Splits words into the pieces of a file of merges."""
-    from subword_nmt.apply_bpe import BPE
-
-    with open(codes, encoding="utf-8") as file:
-        bpe = BPE(file)
-    return lambda chunk: [bpe.process_line(line) for line in chunk]
 
 
 def good_pairs(source: Iterable[str], target: Iterable[str]) -> Iterator[tuple[str, str]]:

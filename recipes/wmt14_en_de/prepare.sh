@@ -87,7 +87,7 @@ make_binary() {
 }
 
 mkdir -p tokens pieces clean
-text="$(fingerprint "$recipe/corpus.py" "$recipe/../parallel.py")$digests"
+text="$(fingerprint "$recipe/corpus.py" "$recipe"/../{bpe,parallel}.py)$digests"
 for language in en de; do
     inputs=("${corpora[@]/#/raw/}")
     step "steps/tokens-$language" "tokens/train.$language" "$text" "tokenising the $language side of the training text" \
