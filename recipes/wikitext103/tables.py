@@ -27,7 +27,7 @@ from reporting import table, write
 PARTS = ("valid", "test")
 
 # Perplexity of the validation and test parts, by table, size and row of the recipe.
-PAPER = {
+PAPER: dict[str, dict[tuple[str, str], tuple[float, float] | None]] = {
     "Table 2": {
         ("small", "softmax"): (33.0, 34.1),
         ("small", "sum-elu"): (37.1, 38.3),
@@ -116,7 +116,7 @@ def write_tables(output: Path) -> None:
         result = json.loads(path.read_text(encoding="utf-8"))
         results.setdefault((result["size"], result["row"]), []).append((path.parent.name, result))
     known = {key for rows in PAPER.values() for key in rows}
-    others = {key: None for key in results if key not in known}
+    others: dict[tuple[str, str], tuple[float, float] | None] = {key: None for key in results if key not in known}
     header = ["size", "row", "paper, valid", "paper, test", "model", "epochs", "parameters", "state", "valid", "test"]
     text = ""
     lines = io.StringIO()
