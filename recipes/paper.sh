@@ -52,7 +52,7 @@ cluster_options() {
     option master text "" "address of machine 0, for several machines"
     option port count 29500 "port on machine 0"
     option cpu flag 0 "train on the processor: for a miniature"
-    option precision "fp32 fp16 bf16" "$1" "number format on a GPU; on the processor it is fp32"
+    option precision "fp32 fp16" "$1" "number format on a GPU; on the processor it is fp32"
 }
 
 check_cluster_options() {

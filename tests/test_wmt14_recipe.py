@@ -253,7 +253,7 @@ def test_any_number_of_gpus_has_the_same_batch(prepared: Path, machines: str, ba
         ("train.sh", ["elu", "--nodes", "2"], ["--nodes 2", "--master"]),
         ("train.sh", ["elu", "--node-rank", "1"], ["--node-rank", "--nodes"]),
         ("train.sh", ["elu", "--port", "99999"], ["--port"]),
-        ("train.sh", ["elu", "--precision", "int8"], ["--precision", "fp32, fp16, bf16"]),
+        ("train.sh", ["elu", "--precision", "int8"], ["--precision", "fp32, fp16"]),
         ("train.sh", ["elu", "--model", "../away"], ["--model", "../away"]),
         ("train.sh", ["elu"], ["no data", "prepare.sh"]),
         ("evaluate.sh", ["--lenpen", "long"], ["--lenpen", "long"]),
