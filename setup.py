@@ -131,7 +131,7 @@ setup(
     extras_require={
         # Not required of everyone, since many have a fairseq from source. fairseq does not work with numpy 2.
         "fairseq": ["ve-fairseq; python_version>='3.11'", "fairseq; python_version<'3.11'", "numpy<2"],
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "babel", "polib", "matplotlib", "setuptools"],
+        "test": ["pytest", "hypothesis", "ruff", "mypy", "babel", "polib", "sacremoses", "matplotlib", "setuptools"],
     },
     classifiers=[
         "Intended Audience :: Science/Research",

@@ -12,30 +12,16 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("babel")
+import recipe_scripts  # noqa: E402
+from recipe_scripts import AWKWARD, environment  # noqa: E402
 from test_ui_strings_collect import DE, RECIPE, catalogue, make_wheel, phrases  # noqa: E402
 
-# Nothing in a path may be special to bash, to pip, or to fairseq.
-AWKWARD = 'it\'s a "folder" $HOME'
 SMALL = ["--vocab-size", "70", "--valid-size", "10", "--test-size", "10", "--epochs", "3"]
-
-
-def environment(**variables: str) -> dict[str, str]:
-    """The environment of a script: no settings but these, the Python of the tests as it is, one thread."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("FWP_")}
-    return own | {"PYTHON": sys.executable, "FWP_VENV": "none", "FWP_THREADS": "1"} | variables
 
 
 def script(name: str, *arguments: str, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a script of the recipe to its end."""
-    return subprocess.run(
-        ["bash", str(RECIPE / name), *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment(**variables),
-        check=False,
-    )
+    return recipe_scripts.script(RECIPE / name, *arguments, stdin=stdin, **variables)
 
 
 @pytest.fixture(scope="module")

@@ -1,230 +1,12 @@
-# What run.sh, translate.sh, compare.sh and lm.sh share: options, the virtual environment, steps that are done once.
+# shellcheck shell=bash
+# What run.sh, translate.sh, compare.sh and lm.sh share, beyond what all recipes share.
 # To be sourced by them, with bash.
 
-set -euo pipefail
-
 recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-repository=$(cd "$recipe/../.." && pwd)
-# Otherwise glibc gives every large tensor back to the system and takes it again, page by page.
-export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
-# Numbers and patterns mean the same everywhere; Python reads and writes UTF-8 all the same.
-export LC_ALL=C PYTHONUTF8=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-
-say() { printf '== %s\n' "$*"; }
-
-fail() {
-    printf '%s: %s\n' "$(basename "$0")" "$*" >&2
-    exit 1
-}
-
-# --- Options ---------------------------------------------------------------------------------------------------------
-# Each is a flag --some-name, an environment variable FWP_SOME_NAME (the flag wins) and, here, a shell variable
-# some_name. Kinds: flag (0 or 1), count (whole number, at least 1), number (whole number), text, or the allowed words.
-
-option_names=()
-option_kinds=()
-option_helps=()
-
-# option NAME KIND DEFAULT HELP: declare an option and take its value from the environment, or the default.
-option() {
-    local name=${1//-/_} environment
-    environment=FWP_$(printf %s "$name" | tr '[:lower:]' '[:upper:]')
-    option_names+=("$1")
-    option_kinds+=("$2")
-    case $2:$3 in
-    flag:* | *:) option_helps+=("$4") ;;
-    *) option_helps+=("$4 (default: $3)") ;;
-    esac
-    printf -v "$name" %s "${!environment-$3}"
-}
-
-print_options() {
-    local i kind
-    printf '\nOptions; each can be given as an environment variable too (FWP_EPOCHS for --epochs):\n'
-    for i in "${!option_names[@]}"; do
-        kind=${option_kinds[i]}
-        case $kind in
-        flag) kind= ;;
-        count | number) kind=' N' ;;
-        text) kind=' TEXT' ;;
-        *) kind=" {${kind// /,}}" ;;
-        esac
-        printf '  --%s%s\n      %s\n' "${option_names[i]}" "$kind" "${option_helps[i]}"
-    done
-}
-
-check_option() {
-    local name=$1 kind=$2 variable=${1//-/_} word
-    local value=${!variable}
-    case $kind in
-    flag) [[ $value == [01] ]] || fail "--$name is a switch; its environment variable is 0 or 1, not '$value'." ;;
-    count) [[ $value =~ ^[1-9][0-9]{0,8}$ ]] || fail "--$name is '$value', it must be a whole number of at least 1." ;;
-    number) [[ $value =~ ^[0-9]{1,9}$ ]] || fail "--$name is '$value', it must be a whole number." ;;
-    text) ;;
-    *)
-        for word in $kind; do
-            [[ $value != "$word" ]] || return 0
-        done
-        fail "--$name is '$value', allowed are: ${kind// /, }."
-        ;;
-    esac
-}
-
-# parse_options ARGUMENT...: set the declared options; leave other arguments in words=() and those after -- in extra=().
-parse_options() {
-    local argument name value i
-    words=()
-    extra=()
-    while (($#)); do
-        argument=$1
-        shift
-        case $argument in
-        -h | --help)
-            usage
-            print_options
-            exit 0
-            ;;
-        --)
-            extra=("$@")
-            break
-            ;;
-        --*)
-            name=${argument#--}
-            name=${name%%=*}
-            for i in "${!option_names[@]}" none; do
-                [[ $i == none || ${option_names[i]} != "$name" ]] || break
-            done
-            [[ $i != none ]] || fail "unknown option --$name (--help lists the options)."
-            if [[ ${option_kinds[i]} == flag ]]; then
-                [[ $argument != *=* ]] || fail "--$name takes no value."
-                value=1
-            elif [[ $argument == *=* ]]; then
-                value=${argument#*=}
-            else
-                (($#)) || fail "--$name needs a value."
-                value=$1
-                shift
-            fi
-            printf -v "${name//-/_}" %s "$value"
-            ;;
-        -?*) fail "unknown option $argument (--help lists the options)." ;;
-        *) words+=("$argument") ;;
-        esac
-    done
-    for i in "${!option_names[@]}"; do
-        check_option "${option_names[i]}" "${option_kinds[i]}"
-    done
-}
-
-# Options of every script here, and what they mean.
-common_options() {
-    option output text "$repository/outputs/ui_strings" "folder for everything that is made"
-    option python text "${PYTHON:-$(command -v python3.11 || echo python3)}" \
-        "Python 3.10 to 3.12 to make the virtual environment with; the environment variable PYTHON sets it too"
-    option venv text "" "folder of the virtual environment (default: OUTPUT/venv), or 'none': use --python as it is"
-    option threads text "" "processor threads to use (default: all cores)"
-}
-
-# Check the common options and move to the output folder, where all later paths start.
-enter_output() {
-    [[ -z $threads ]] || check_option threads count
-    [[ -n $output ]] || fail "--output is empty."
-    # fairseq reads a colon as the separator of several data folders.
-    [[ $output != *:* ]] || fail "--output $output has a colon in it, which fairseq cannot handle."
-    mkdir -p -- "$output" || fail "--output $output cannot be made."
-    output=$(cd -- "$output" && pwd)
-    # Here files are replaced and folders removed: not among files of somebody else.
-    if [[ ! -e $output/.ui-strings ]]; then
-        [[ -z $(ls -A -- "$output") ]] || fail "--output $output holds files of something else: name a new folder."
-        touch -- "$output/.ui-strings"
-    fi
-    command -v -- "$python" >/dev/null || fail "--python $python is not to be found."
-    [[ $python != */* || $python == /* ]] || python=$PWD/$python
-    [[ $venv == none || $venv == /* ]] || venv=${venv:+$PWD/$venv}
-    venv=${venv:-$output/venv}
-    cd -- "$output"
-    if [[ -n $threads ]]; then
-        export OMP_NUM_THREADS=$threads MKL_NUM_THREADS=$threads
-    fi
-}
+. "$recipe/../common.sh"
 
 # How sentences are searched for, but for the beam.
 search=(--max-len-a 2 --max-len-b 20)
-
-# --- Steps -----------------------------------------------------------------------------------------------------------
-
-# step MARKER ARTEFACT SETTINGS TITLE COMMAND...: run the command, unless it was done with these settings (the marker
-# file says so) and the artefact is still there. The marker is written last: an interrupted step is done again.
-step() {
-    local marker=$1 artefact=$2 settings=$3 title=$4
-    shift 4
-    if [[ -e $artefact && -f $marker && $(<"$marker") == "$settings" ]]; then
-        say "$title: done before"
-        return
-    fi
-    say "$title"
-    mkdir -p -- "$(dirname -- "$marker")"
-    rm -f -- "$marker"
-    "$@"
-    printf '%s\n' "$settings" >"$marker.new"
-    mv -- "$marker.new" "$marker"
-}
-
-# fingerprint FILE...: a short digest of the contents, in the order given.
-fingerprint() {
-    "$python" - "$@" <<'END'
-import hashlib, pathlib, sys
-digests = [hashlib.sha256(pathlib.Path(name).read_bytes()).hexdigest() for name in sys.argv[1:]]
-print(hashlib.sha256("".join(digests).encode()).hexdigest()[:16])
-END
-}
-
-# --- Environment -----------------------------------------------------------------------------------------------------
-
-install() {
-    "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
-        fail "--python $python is $("$python" --version 2>&1), needed is Python 3.10 to 3.12."
-    "$python" -m venv --clear -- "$venv"
-    # From inside the clone: pip takes a path with an extra only if nothing in the path is special to it.
-    # Twice, because the compiled operators need torch to be there when they are built; without a C++ compiler the
-    # package works, only slower.
-    (cd -- "$repository" &&
-        "$venv/bin/python" -m pip install -c constraints.txt -r recipes/ui_strings/requirements.txt -e ".[fairseq]" \
-            setuptools &&
-        "$venv/bin/python" -m pip install -c constraints.txt --no-deps --no-build-isolation -e .)
-}
-
-# Make sure that $python has everything installed; set what fairseq's commands need.
-enter_environment() {
-    if [[ $venv != none ]]; then
-        local files=("$repository"/{setup.py,pyproject.toml,constraints.txt,fwp_fairseq/csrc/*} "$recipe/requirements.txt")
-        step "$venv/.installed" "$venv/bin/python" "$("$python" --version 2>&1) $(fingerprint "${files[@]}")" \
-            "virtual environment and packages" install
-        python=$venv/bin/python
-    fi
-    user_dir=$(cd -- "$repository" && "$python" -m fwp_fairseq)
-    # For every fairseq command that runs a model. With its default multiple of 8 fairseq would leave out what does not
-    # fill the last batch, of the test too. Whether there is a GPU it sees by itself.
-    basics=(--user-dir "$user_dir" --required-batch-size-multiple 1)
-}
-
-# fairseq TOOL ARGUMENT...: fairseq-TOOL, not through its script: a script's first line cannot name every path.
-fairseq() {
-    local tool=$1
-    shift
-    # The warnings are about fairseq's own use of torch; its messages to the user are not among them.
-    PYTHONWARNINGS=ignore "$python" -m "fairseq_cli.$tool" "$@"
-}
-
-# quietly LOG COMMAND...: run a command with its messages in a file, whose end is shown if it fails.
-quietly() {
-    local log=$1
-    shift
-    if ! "$@" 2>"$log"; then
-        tail -n 5 -- "$log" >&2
-        fail "fairseq-${2//_/-} failed (all of its messages: $log)."
-    fi
-}
 
 # --- Fast weights ----------------------------------------------------------------------------------------------------
 
@@ -273,11 +55,6 @@ END
 
 # --- Models ----------------------------------------------------------------------------------------------------------
 
-check_model_name() {
-    [[ $model =~ ^[A-Za-z0-9._-]*$ && $model != .* ]] ||
-        fail "--model is '$model', allowed are letters, digits, . _ and - (not first)."
-}
-
 # enter_model NAME SETTING...: from all that decides what is trained, set $settings, and the model's $folder, which is
 # called $model, or else NAME with the seed and a digest. A model of that name with other settings is trained anew.
 enter_model() {
@@ -300,19 +77,6 @@ enter_model() {
 train() {
     local folder=$1
     shift
-    mkdir -p -- "$folder"
-    # fairseq writes a checkpoint whole or not at all, but copies the best one to be the last one, too: killed at that
-    # it would find half a file, and stop.
-    local last=$folder/checkpoint_last.pt best=$folder/checkpoint_best.pt
-    if [[ -e $best ]] && ! "$python" -m zipfile --test "$last" &>/dev/null; then
-        cp -- "$best" "$last.new"
-        mv -- "$last.new" "$last"
-    fi
-    # Progress and warnings for the user; all of it in the log.
-    fairseq train "$@" "${basics[@]}" --save-dir "$folder" --no-epoch-checkpoints --seed "$seed" --max-epoch "$epochs" \
-        --num-workers 0 --log-format simple --log-interval 50 2>&1 | tee -a -- "$folder/train.log" |
-        awk '/\| (train|valid|train_inner) \|/ { sub(/^.*INFO \| /, ""); print } /WARNING/ { print } { fflush() }' || {
-        tail -n 5 -- "$folder/train.log" >&2
-        fail "fairseq-train failed (all of its messages: $output/$folder/train.log)."
-    }
+    log_training "$folder" fairseq train "$@" "${basics[@]}" --save-dir "$folder" --no-epoch-checkpoints --seed "$seed" \
+        --max-epoch "$epochs" --num-workers 0 --log-format simple --log-interval 50
 }

@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Kinds of attention compared on real text, with a budget of time for each. See README.md, or --help.
+
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+recipe_name=python_docs
+
+# What is compared, and the model and its training, the same for each.
+docs_rows=(softmax sum-elu delta-elu delta-dpfp-1 sum-elu-streaming delta-elu-streaming delta-dpfp-1-streaming)
+segment=128
+training=(
+    --tokens-per-sample "$segment" --arch fwp_transformer_lm
+    --decoder-layers 4 --decoder-embed-dim 128 --decoder-ffn-embed-dim 512 --decoder-attention-heads 8
+    --no-attention-bias --share-decoder-input-output-embed --dropout 0.2
+    --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 0.25
+    --lr 2e-3 --lr-scheduler inverse_sqrt --warmup-updates 400 --batch-size 16
+)
+
+usage() {
+    cat <<END
+Usage: bash python_docs.sh [OPTION]... [-- FAIRSEQ_TRAIN_OPTION...]
+
+Train small language models on the documentation that every CPython ships, each for the same time, on the processor or
+the first GPU; evaluate them as evaluate.sh does, and print a table, which is written to OUTPUT/python_docs.md, too:
+  ${docs_rows[*]}
+What is done already is not done again.
+END
+}
+
+common_options
+option minutes count 30 "minutes of training of each model"
+option pieces count 4000 "pieces of the sentencepiece vocabulary"
+option only text "" "names of what to train, between spaces (default: all)"
+option seed number 1 "seed of initialisation, order of batches and dropout"
+option window text "" "tokens of the window in evaluation (default: $segment)"
+option batch-size count 64 "windows to compute at once"
+option cpu flag 0 "train and evaluate on the processor, even if there is a GPU"
+parse_options "$@"
+no_words
+[[ -z $window ]] || check_option window count
+for row in $only; do
+    [[ " ${docs_rows[*]} " == *" $row "* ]] || fail "--only: there is no '$row', allowed are: ${docs_rows[*]}."
+done
+enter_output
+enter_environment
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+text() { "$python" "$recipe/text.py" "$@"; }
+
+make_text() {
+    local part
+    "$python" "$recipe/python_docs.py" --output text
+    text learn-sentencepiece --size "$pieces" spm.model text/train
+    for part in train valid test; do
+        text encode --model spm.model "text/$part" "text/$part.pieces"
+    done
+}
+
+vocabulary=sentencepiece-$pieces
+data_bin=data-bin/$vocabulary
+
+make_binary() {
+    rm -rf "$data_bin" "$data_bin.new"
+    mkdir -p data-bin
+    quietly preprocess.log fairseq preprocess --only-source --workers 1 --trainpref text/train.pieces \
+        --validpref text/valid.pieces --testpref text/test.pieces --destdir "$data_bin.new" >/dev/null
+    text count text/{train,valid,test} >"$data_bin.new/words.json"
+    mv "$data_bin.new" "$data_bin"
+}
+
+# The text goes with the version of Python.
+data="$("$python" --version) $(fingerprint "$recipe"/{python_docs,text}.py "$recipe/../ui_strings/python_text.py")"
+data+=" pieces $pieces"
+step steps/text text/test.pieces "$data" "documentation of Python" make_text
+step "steps/data-bin-$vocabulary" "$data_bin/dict.txt" "$data" "fairseq-preprocess" make_binary
+
+# --- Training and evaluation -----------------------------------------------------------------------------------------
+
+device=()
+((!cpu)) || device=(--cpu)
+chosen=()
+for row in ${only:-"${docs_rows[@]}"}; do
+    row_flags "$row" small
+    segment=${training[1]}
+    flags=(--task "$task" "${training[@]}" "${model_flags[@]}" --seed "$seed" ${extra[@]+"${extra[@]}"})
+    keep_model "$row-seed$seed" "$row" docs "$vocabulary" "$task" "$segment" "$data" "minutes $minutes" "${flags[*]}"
+    hours=$(awk -v minutes="$minutes" 'BEGIN { printf "%.4f", minutes / 60 }')
+    # An interrupted training goes on from its last epoch, with what was left of the time then.
+    step "$folder/.trained" "$folder/checkpoint_best.pt" "$settings" "training $folder for $minutes minutes" \
+        log_training "$folder" fairseq train "$data_bin" "${basics[@]}" --save-dir "$folder" --no-epoch-checkpoints \
+        --distributed-world-size 1 --num-workers 0 --log-format simple --log-interval 200 --stop-time-hours "$hours" \
+        ${device[@]+"${device[@]}"} "${flags[@]}"
+    chosen+=("$folder")
+done
+options=(${device[@]+"${device[@]}"})
+evaluate_models
+"$python" "$recipe/tables.py" docs . --rows "${docs_rows[@]}"
