@@ -64,5 +64,5 @@ class TransformerXLLanguageModel(LanguageModel):
 
 @register_model_architecture("transformer_xl_lm", "transformer_xl_wiki103_medium")
 def transformer_xl_wiki103_medium(args: Any) -> None:
-    """Table 4's baseline: sizes of fwp_transformer_lm_wiki103_medium; memories of 32, 256, 512 and 1,536 positions."""
+    """Table 4's baseline: sizes of fwp_transformer_lm_wiki103_medium."""
     set_wiki103_defaults(args, decoder_embed_dim=256)
