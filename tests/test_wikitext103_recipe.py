@@ -308,6 +308,18 @@ def test_rows_of_table_4_stream(prepared: Path) -> None:
         assert ("--no-token-positional-embeddings" in flags) == (row == "delta-elu-streaming")
 
 
+@pytest.mark.parametrize(("row", "size"), [("delta-elu-streaming", "small"), ("xl-8", "medium")])
+def test_rows_of_table_4_are_trained_and_evaluated(prepared: Path, row: str, size: str) -> None:
+    out, name = ["--output", prepared, "--cpu"], f"{size}-{row}-seed1"
+    succeed(RECIPE / "train.sh", row, "--size", size, *out, "--", *TINY, *CUTOFFS)
+    printed = succeed(RECIPE / "evaluate.sh", name, *out)
+    assert re.search(rf"{name}: test perplexity = \d+\.\d\d", printed)
+    found = result(prepared, name)
+    assert found["updates"] == 6 and found["test"]["perplexity"] > 1
+    # Two layers: two heads with memories of 8 x 8 each; 8 positions of width 16.
+    assert found["state"] == 256
+
+
 @pytest.mark.parametrize(
     ("arguments", "batch", "update_freq"),
     [("--gpus 1", 96, 1), ("--gpus 8", 12, 1), ("--gpus 4 --update-freq 3", 8, 3), ("--size medium --gpus 7", 8, 1)],
