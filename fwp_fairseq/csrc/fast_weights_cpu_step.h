@@ -57,7 +57,12 @@ void address(const Features& f, const T* x, T* out, T* scratch) {
     case FeatureMap::favor: {
         const T* row = static_cast<const T*>(f.projection);
         for (int64_t i = 0; i < half; ++i, row += d) out[i] = dot(row, x, int(d));
-        if (f.normalization == KeyNormalization::sum) return softmax_of_both_signs(out, half);
+        // Features of large keys are too small for T, but not relative to each other.
+        if (f.normalization != KeyNormalization::none) {
+            softmax_of_both_signs(out, half);
+            if (f.normalization == KeyNormalization::sum) return;
+            break;
+        }
         const T square = dot(x, x, int(d)) / 2, scale = 1 / std::sqrt(T(f.dk)), largest = 40;
         for (int64_t i = 0; i < half; ++i) {
             const T p = out[i];
@@ -73,7 +78,11 @@ void address(const Features& f, const T* x, T* out, T* scratch) {
         for (int64_t i = 0; i < f.dk; ++i) divisor += out[i];
         divisor = std::max(divisor, smallest_divisor<T>());
     } else if (f.normalization == KeyNormalization::l2) {
-        divisor = std::sqrt(std::max(dot(out, out, int(f.dk)), smallest_divisor<T>()));
+        // Squares of small features would be below the floor.
+        T largest = smallest_divisor<T>();
+        for (int64_t i = 0; i < f.dk; ++i) largest = std::max(largest, std::abs(out[i]));
+        for (int64_t i = 0; i < f.dk; ++i) out[i] /= largest;
+        divisor = std::sqrt(std::max(dot(out, out, int(f.dk)), T(1)));
     }
     if (divisor != 1)
         for (int64_t i = 0; i < f.dk; ++i) out[i] /= divisor;

@@ -104,7 +104,7 @@ __device__ void make_features(const Features& f, const T* x, T* out, T* scratch)
                 if (lane == 0) out[v * dk + j] = projected[v], out[v * dk + m + j] = -projected[v];
             }
         }
-        if (f.normalization == KeyNormalization::sum) {
+        if (f.normalization != KeyNormalization::none) {
             // softmax([R x; -R x]), as far as its sum: exp(-|x|^2 / 2) cancels.
             block_maxima(most, scratch);
             each([&](int v, int, T& to) { to = exp(to - most[v]); });
@@ -129,11 +129,18 @@ __device__ void make_features(const Features& f, const T* x, T* out, T* scratch)
         // Threads go over the same elements each time: no barrier but those of the sums.
         const bool squared = f.normalization == KeyNormalization::l2;
         const T least = smallest_divisor<T>();
+        if (squared) {
+            // Squares of small features would be below the floor.
+            T most[VECTORS] = {};
+            each([&](int v, int, T& value) { most[v] = larger(most[v], larger(value, -value)); });
+            block_maxima(most, scratch);
+            each([&](int v, int, T& value) { value /= larger(most[v], least); });
+        }
         T sums[VECTORS] = {};
         each([&](int v, int, T& value) { sums[v] += squared ? value * value : value; });
         block_sums(sums, scratch);
 #pragma unroll
-        for (int v = 0; v < VECTORS; ++v) sums[v] = larger(squared ? sqrt(larger(sums[v], least)) : sums[v], least);
+        for (int v = 0; v < VECTORS; ++v) sums[v] = squared ? sqrt(larger(sums[v], T(1))) : larger(sums[v], least);
         each([&](int v, int, T& value) { value /= sums[v]; });
     }
     __syncthreads();

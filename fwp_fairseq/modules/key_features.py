@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Optional
 
+import torch
 from torch import Tensor, nn
 
 from fwp_fairseq.ops import (
@@ -79,11 +80,18 @@ class KeyFeatures(nn.Module):
         wide = x.to(state_dtype(x.dtype))
         if projection is not None:
             projection = projection.to(wide)
-            if self.normalization == "sum":
-                return favor_plus_normalized(wide, projection).to(x.dtype)
-            features = favor_plus(wide, projection)
+            if self.normalization == "none":
+                features = favor_plus(wide, projection)
+            else:
+                # Features of large keys are too small for any type, but not relative to each other.
+                features = favor_plus_normalized(wide, projection)
+                if self.normalization == "sum":
+                    return features.to(x.dtype)
         elif self.feature_map == "dpfp":
             features = dpfp(wide, self.nu)
         else:
             features = elu_plus_one(wide) if self.feature_map == "elu" else wide.tanh()
+        if self.normalization == "none" and x.dtype == torch.float16:
+            # An infinite feature would make NaN of everything that meets it.
+            features = features.clamp(max=torch.finfo(x.dtype).max)
         return KEY_NORMALIZATIONS[self.normalization](features).to(x.dtype)

@@ -47,7 +47,7 @@ def normalized_scan(
     total, normalizer = fast_weight_scan(q, k, ones, *count, initial_state=initial_normalizer, backend=backend)
     erase = gates.erase * _inverse(_earlier_total(k, ones, count, initial_normalizer, backend)).squeeze(-1)
     out, state = fast_weight_scan(
-        q, k, v, gates.write, erase, gates.decay, initial_state=initial_state, backend=backend
+        q, k, _wide(v), gates.write, erase, gates.decay, initial_state=initial_state, backend=backend
     )
     return _ratio(out, total).to(v.dtype), state, normalizer
 
@@ -82,7 +82,7 @@ def normalized_step(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor
     if erase is not None:
         erase = erase * _inverse(_kept(token_loop.read_token(normalizer, k.to(normalizer.dtype)), gates.decay)[..., 0])
     ones, count = _counting(v, gates)
-    out = fast_weight_step(q, k, v, gates.write, erase, gates.decay, state)
+    out = fast_weight_step(q, k, _wide(v), gates.write, erase, gates.decay, state)
     return _ratio(out, fast_weight_step(q, k, ones, *count, normalizer)).to(v.dtype)
 
 
@@ -123,8 +123,13 @@ def _counting(v: Tensor, gates: Gates) -> tuple[Tensor, Gates]:
     return ones, Gates(write, None, gates.decay)
 
 
+def _wide(v: Tensor) -> Tensor:
+    """Values in the type of the state, so that float16 has to hold the ratio only, not what is divided."""
+    return v.to(state_dtype(v.dtype))
+
+
 def _with_ones(v: Tensor) -> Tensor:
-    v = v.to(state_dtype(v.dtype))
+    v = _wide(v)
     return torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
 
 

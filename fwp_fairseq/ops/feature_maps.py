@@ -6,7 +6,6 @@ is Schlag, Irie and Schmidhuber, "Linear Transformers Are Secretly Fast Weight P
 """
 
 import math
-from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -126,7 +125,9 @@ def favor_plus_normalized(x: Tensor, projection: Tensor) -> Tensor:
 
 def sum_normalize(x: Tensor) -> Tensor:
     """x / sum(x) over the last dimension, for non-negative x (eq. 29). Shape: (..., D) -> (..., D). 0 maps to 0."""
-    return _divide(x, lambda y: y.sum(dim=-1, keepdim=True))
+    # float16 has too small a range for sums of features and for a floor that does not bias them.
+    y = x.to(state_dtype(x.dtype))
+    return (y / y.sum(dim=-1, keepdim=True).clamp(min=smallest_divisor(y.dtype))).to(x.dtype)
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -134,10 +135,9 @@ def l2_normalize(x: Tensor) -> Tensor:
 
     With unit keys and write strengths up to one, a delta-rule write is a contraction along the key (Yang et al., 2024).
     """
-    return _divide(x, lambda y: y.square().sum(dim=-1, keepdim=True).clamp(min=smallest_divisor(y.dtype)).sqrt())
-
-
-def _divide(x: Tensor, divisor: Callable[[Tensor], Tensor]) -> Tensor:
-    # float16 has too small a range for sums of features and for a floor that does not bias them.
     y = x.to(state_dtype(x.dtype))
-    return (y / divisor(y).clamp(min=smallest_divisor(y.dtype))).to(x.dtype)
+    # Squares have half the range that features have: those of DPFP of small keys would all be below the floor. The
+    # result does not depend on the scale, so no gradient goes through it. With it the length is one or more, unless the
+    # largest feature is below the floor.
+    y = y / y.detach().abs().amax(dim=-1, keepdim=True).clamp(min=smallest_divisor(y.dtype))
+    return (y / y.square().sum(dim=-1, keepdim=True).clamp(min=1).sqrt()).to(x.dtype)
