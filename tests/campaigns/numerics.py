@@ -1,4 +1,4 @@
-"""Random cases of the operators and of attention: finite in gives finite out, at a bounded distance from the definition.
+"""Random cases of operators and attention: finite in gives finite out, at a bounded distance from the definition.
 
     PYTHONPATH=.:tests python tests/campaigns/numerics.py --cases 10000 --log numerics.jsonl
 
