@@ -5,7 +5,6 @@ the code of the model is needed.
 """
 
 import argparse
-import os
 import pickle
 import re
 import sys
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fwp_fairseq.checkpoints import load_checkpoint_file
+from fwp_fairseq.saving import save_whole
 
 EPOCH_CHECKPOINT = re.compile(r"checkpoint(\d+)\.pt")
 UPDATE_CHECKPOINT = re.compile(r"checkpoint_\d+_(\d+)\.pt")
@@ -74,16 +74,6 @@ def average_checkpoints(paths: Sequence[Path]) -> dict[str, Any]:
     return state
 
 
-def save_atomically(state: dict[str, Any], output: Path) -> None:
-    """Write ``state`` to ``output``, which has its old content or the new one whatever happens meanwhile."""
-    unfinished = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(state, unfinished)
-        os.replace(unfinished, output)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m fwp_fairseq.average_checkpoints", description=__doc__)
@@ -112,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if count is not None:
             pattern = EPOCH_CHECKPOINT if args.num_epoch_checkpoints is not None else UPDATE_CHECKPOINT
             paths = last_checkpoints(args.inputs[0], count, pattern, args.checkpoint_upper_bound)
-        save_atomically(average_checkpoints(paths), args.output)
-    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        save_whole(average_checkpoints(paths), str(args.output))
+    except (OSError, ValueError, FloatingPointError, pickle.UnpicklingError) as error:
         sys.exit(f"{parser.prog}: {error}")
     print(f"{args.output}: mean of {', '.join(map(str, paths))}")
 

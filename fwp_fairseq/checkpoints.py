@@ -12,9 +12,9 @@ import pickle
 import re
 import types
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -109,9 +109,16 @@ def _options_with_calls(*configs: Any) -> Iterator[str]:
 class _TorchWithSafeLoad(types.ModuleType):
     """Stands in for ``torch`` in one module of fairseq: all of torch, but for the way of loading."""
 
-    def __init__(self, *extra_globals: Any):
+    def __init__(self, *extra_globals: Any, check: Optional[Callable[[Any, str], None]] = None):
         super().__init__("torch")
-        self._load = partial(load_checkpoint_file, extra_globals=extra_globals)
+        self._load_file = partial(load_checkpoint_file, extra_globals=extra_globals)
+        self.check = check
+
+    def _load(self, file: Any, map_location: Any) -> Any:
+        state = self._load_file(file, map_location)
+        if self.check is not None:
+            self.check(state, getattr(file, "name", "a checkpoint"))
+        return state
 
     def load(self, file: Any, map_location: Any = None, **_ignored: Any) -> Any:
         """torch.load, whose weights_only and pickle_module are not the caller's to choose."""
@@ -124,8 +131,11 @@ class _TorchWithSafeLoad(types.ModuleType):
         return getattr(torch, name)
 
 
-def protect_checkpoint_loading() -> None:
-    """Make every load of a checkpoint in fairseq a safe one. A second call changes nothing."""
+def protect_checkpoint_loading(check: Optional[Callable[[Any, str], None]] = None) -> None:
+    """Make every load of a checkpoint in fairseq a safe one. A second call changes nothing.
+
+    ``check`` is called with the content and the name of every checkpoint that was loaded, and may raise.
+    """
     from fairseq import checkpoint_utils
     from fairseq.distributed import utils as distributed_utils
     from omegaconf import DictConfig, ListConfig
@@ -133,8 +143,9 @@ def protect_checkpoint_loading() -> None:
     from omegaconf.nodes import AnyNode
 
     if isinstance(checkpoint_utils.torch, _TorchWithSafeLoad):
+        checkpoint_utils.torch.check = check or checkpoint_utils.torch.check
         return
-    checkpoint_utils.torch = _TorchWithSafeLoad()
+    checkpoint_utils.torch = _TorchWithSafeLoad(check=check)
     # When training resumes in several processes, the first one loads the file and sends the others its content, with
     # the configuration as OmegaConf's objects by then and placeholders for the tensors.
     distributed_utils.torch = _TorchWithSafeLoad(

@@ -4,9 +4,15 @@ from fwp_fairseq._requirements import require_fairseq
 
 require_fairseq()
 
+from fwp_fairseq.checkpoint_options import check_options, check_options_of_checkpoints  # noqa: E402
 from fwp_fairseq.checkpoints import protect_checkpoint_loading  # noqa: E402
+from fwp_fairseq.resuming import make_resuming_exact  # noqa: E402
+from fwp_fairseq.saving import protect_checkpoint_saving  # noqa: E402
 
-protect_checkpoint_loading()
+protect_checkpoint_loading(check_options)
+check_options_of_checkpoints()
+protect_checkpoint_saving()
+make_resuming_exact()
 
 from fwp_fairseq.models import (  # noqa: E402
     associative_memory,

@@ -1,14 +1,15 @@
 """Random cases of operators and attention: finite in gives finite out, at a bounded distance from the definition.
 
-    PYTHONPATH=.:tests python tests/campaigns/numerics.py --cases 10000 --log numerics.jsonl
+    PYTHONPATH=. python tests/campaigns/numerics.py --cases 10000 --log numerics.jsonl
 
 runs the cases 0 to 9999, each drawn from its number alone, adds a line for each to the log, and sums the log up. Cases
 that the log has already are not run again. Status 1 if a case failed.
 
 What is measured. Keys and queries go through feature map and normalisation in the type of the case, and are compared
 with the same in float64. Then a backend reads and writes them, and is compared with ops/token_loop.py in float64 on the
-same features. The error is in units of the largest that a read could be: |q| times the longest column that the memory
-had; with attention normalisation, which takes means of values, of the largest value. BOUND holds it at every length.
+same features. The error is in units of the largest that a read could be: the largest sum of the features of a query,
+times the largest number that was in the memory; with attention normalisation, which takes means of values, the largest
+value. BOUND holds it at every length.
 
 What is allowed. Every rule x feature map x normalisation that FastWeightConfig.check allows, but for
 - rules that erase with --key-normalization none: a key longer than one writes more of what it retrieves than it erases,
@@ -284,17 +285,17 @@ def _definition(case: Case, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> tu
     if means:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
     memory = v.new_zeros(*k.shape[:2], k.size(3), v.size(3))
-    longest = memory.new_zeros(())
+    largest = memory.new_zeros(())
     outputs = []
     for t in range(k.size(2)):
         now = (None if gate is None else gate[:, :, t] for gate in gates)
         memory = token_loop.write_token(memory, k[:, :, t], v[:, :, t], *now, UPDATE_RULES[case.rule].max_norm)
-        longest = torch.maximum(longest, memory.norm(dim=-2).amax())
+        largest = torch.maximum(largest, memory.abs().amax())
         if case.causal:
             outputs.append(token_loop.read_token(memory, q[:, :, t]))
     read = torch.stack(outputs, dim=2) if case.causal else q @ memory
     if not means:
-        return read, q.norm(dim=-1).amax() * longest, torch.ones_like(read, dtype=torch.bool)
+        return read, q.abs().sum(dim=-1).amax() * largest, torch.ones_like(read, dtype=torch.bool)
     total = read[..., -1:]
     # Products with features near the floor leave float32 before their sum does.
     sure = (total > 1e3 * smallest_divisor(torch.float32)).expand_as(read[..., :-1])

@@ -1,0 +1,119 @@
+"""A checkpoint goes into a model with the fast weights of its training, or is refused by the flag that differs.
+
+Most rules and feature maps have parameters of the same names and shapes, so torch would load one for the other.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import fields
+from typing import Any, Optional
+
+from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
+from fwp_fairseq.modules.fast_weight_layers import (
+    CROSS_ATTENTION,
+    DECODER_SELF_ATTENTION,
+    ENCODER_SELF_ATTENTION,
+)
+
+_PLACE_DEFAULTS = {
+    ENCODER_SELF_ATTENTION: "softmax",
+    DECODER_SELF_ATTENTION: "fast-weight",
+    CROSS_ATTENTION: "softmax",
+}
+
+# The options of the model that is about to take a checkpoint; None: those that the checkpoint has.
+_wanted: ContextVar[Optional[Any]] = ContextVar("wanted", default=None)
+_overrides: ContextVar[Optional[Mapping[str, Any]]] = ContextVar("overrides", default=None)
+
+
+@contextmanager
+def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def _as_dict(options: Any) -> dict[str, Any]:
+    """Options of a model as a plain dictionary: a namespace, a mapping, or a dataclass."""
+    if isinstance(options, Mapping):
+        return {str(name): options[name] for name in options}
+    return dict(vars(options)) if hasattr(options, "__dict__") else {}
+
+
+def _architecture(options: Mapping[str, Any]) -> str:
+    return str(options.get("_name") or options.get("arch") or "")
+
+
+def fast_weight_flags(options: Mapping[str, Any]) -> dict[str, str]:
+    """The flags that decide what a model with these options computes with fast weights, and their values.
+
+    A model of fairseq's own has softmax everywhere. Options that a checkpoint of an earlier version lacks have their
+    defaults.
+    """
+    ours = _architecture(options).startswith("fwp_transformer")
+    causal_only = _architecture(options).startswith("fwp_transformer_lm")
+    kinds = {place: str(options.get(place, default)) for place, default in _PLACE_DEFAULTS.items()}
+    kinds = {
+        place: kind if ours and (place == DECODER_SELF_ATTENTION or not causal_only) else "softmax"
+        for place, kind in kinds.items()
+    }
+    flags = {place.replace("_", "-"): kind for place, kind in kinds.items()}
+    if "fast-weight" not in kinds.values():
+        return flags
+    config = FastWeightConfig.from_args(argparse.Namespace(**options))
+    reads_whole = "fast-weight" in (kinds[ENCODER_SELF_ATTENTION], kinds[CROSS_ATTENTION])
+    maps = {str(config.for_whole_memory().feature_map)} if reads_whole else set()
+    maps |= {str(config.feature_map)} if kinds[DECODER_SELF_ATTENTION] == "fast-weight" else set()
+    ignored = {"_name", "fast_weight_backend"}
+    ignored |= {name for name, map_ in (("dpfp_nu", "dpfp"), ("favor_features", "favor")) if map_ not in maps}
+    if not reads_whole:
+        ignored |= {option.name for option in fields(config) if option.name.startswith("whole_memory_")}
+    for option in fields(config):
+        if option.name not in ignored:
+            flags[option.name.replace("_", "-")] = str(getattr(config, option.name))
+    return flags
+
+
+def check_options(state: Any, name: str) -> None:
+    """Raise ValueError if a loaded checkpoint was trained with other fast weights than the model that takes it has."""
+    if not isinstance(state, dict):
+        return
+    config = state.get("cfg")
+    trained = _as_dict(config.get("model")) if isinstance(config, Mapping) else _as_dict(state.get("args"))
+    wanted = _as_dict(_wanted.get()) if _wanted.get() is not None else {**trained, **(_overrides.get() or {})}
+    if not all(_architecture(options) for options in (trained, wanted)):
+        return
+    if not any(_architecture(options).startswith("fwp_transformer") for options in (trained, wanted)):
+        return
+    before, now = fast_weight_flags(trained), fast_weight_flags(wanted)
+    for flag in [*before, *(flag for flag in now if flag not in before)]:
+        if before.get(flag) != now.get(flag):
+            raise ValueError(
+                f"{name} was trained with --{flag} {before.get(flag, '(not in use)')}, and this model has --{flag} "
+                f"{now.get(flag, '(not in use)')}: give it the flags of its training."
+            )
+
+
+def check_options_of_checkpoints() -> None:
+    """Make fairseq compare the options when it resumes, fine-tunes and generates. A second call changes nothing."""
+    from fairseq import checkpoint_utils
+
+    if getattr(checkpoint_utils, "fwp_checks_options", False):
+        return
+    load_to_train, load_to_cpu = checkpoint_utils.load_checkpoint, checkpoint_utils.load_checkpoint_to_cpu
+
+    def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
+        with _set(_wanted, trainer.cfg.model):
+            return load_to_train(cfg, trainer, **passthrough_args)
+
+    def load_checkpoint_to_cpu(path: str, arg_overrides: Optional[dict[str, Any]] = None, **options: Any) -> Any:
+        with _set(_overrides, arg_overrides):
+            return load_to_cpu(path, arg_overrides, **options)
+
+    checkpoint_utils.load_checkpoint = load_checkpoint
+    checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+    checkpoint_utils.fwp_checks_options = True

@@ -1,0 +1,34 @@
+"""A training that resumes goes on with the batches that it would have had without the interruption.
+
+fairseq 0.12.3 makes up the batches once, with a random order that depends on the epoch in which it does so, and keeps
+them for all further epochs. A training that resumes in its third epoch therefore has other batches than one that was
+never interrupted; in the rest of that epoch some sentences come again and others not at all.
+"""
+
+from typing import Any
+
+
+def make_resuming_exact() -> None:
+    """Make fairseq resume with the batches of a training that began in epoch 1. A second call changes nothing."""
+    from fairseq import checkpoint_utils
+    from fairseq.data.iterators import EpochBatchIterator
+
+    if getattr(checkpoint_utils, "fwp_resumes_exactly", False):
+        return
+    fairseq_load = checkpoint_utils.load_checkpoint
+
+    def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
+        extra_state, epoch_itr = fairseq_load(cfg, trainer, **passthrough_args)
+        dataset = trainer.task.dataset(trainer.cfg.dataset.train_subset)
+        # Where batches are made up for each epoch or each part of the data, they depend on that alone already.
+        kept = trainer.task.dataset_to_epoch_iter.get(dataset) is epoch_itr
+        if not kept or epoch_itr.epoch <= 1 or type(epoch_itr) is not EpochBatchIterator:
+            return extra_state, epoch_itr
+        # The cache of the task would answer with the one that it has.
+        del trainer.task.dataset_to_epoch_iter[dataset]
+        first = trainer.get_train_iterator(epoch=1, load_dataset=False, **passthrough_args)
+        first.load_state_dict(extra_state["train_iterator"])
+        return extra_state, first
+
+    checkpoint_utils.load_checkpoint = load_checkpoint
+    checkpoint_utils.fwp_resumes_exactly = True

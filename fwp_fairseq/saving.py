@@ -1,0 +1,92 @@
+"""Writing of checkpoints that leaves whole files only, whenever it is interrupted, and none with broken parameters.
+
+fairseq writes a new checkpoint beside the old one and renames it, but then copies it byte by byte over
+checkpoint_last.pt or checkpoint_best.pt: killed at that, it leaves half a file, with which no training can go on. After
+an error, such as a full disk, it tries again twice, behind what it has already written.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, Optional
+
+import torch
+from torch import Tensor
+
+# What fairseq calls the checkpoint of a training that has failed. It is for looking at, and nothing goes on from it.
+_CRASH = "crash.pt"
+
+
+def replace_atomically(path: str, write: Callable[[BinaryIO], Any]) -> None:
+    """Let ``write`` fill the file ``path``, which has its old content or the whole new one whatever happens meanwhile.
+
+    Raises OSError, with the name of the file, if it cannot be written.
+    """
+    unfinished = f"{path}.tmp"
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:
+        # torch wraps what the system says, or replaces it by the position in its archive.
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]
+        earlier = "the earlier file of this name is as it was" if os.path.exists(path) else "there is no such file"
+        raise OSError(f"{path} could not be written ({reason}); {earlier}. Make space and start again.") from error
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+
+
+def broken_parameter(state: dict[str, Any]) -> Optional[str]:
+    """Name of a parameter in the state of a training that is infinite or not a number; None if all are sound."""
+    model = state.get("model") or {}
+    for name, value in model.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+            return str(name)
+    return None
+
+
+def save_whole(state: dict[str, Any], path: str) -> None:
+    """Save the state of a training. Raises FloatingPointError if a parameter is broken, OSError as above."""
+    broken = broken_parameter(state)
+    if broken is not None and os.path.basename(path) != _CRASH:
+        raise FloatingPointError(
+            f"{path} was not written: {broken} is infinite or not a number. The training has diverged: go on from an "
+            "earlier checkpoint, with a lower --lr or with --clip-norm."
+        )
+    replace_atomically(path, lambda file: torch.save(state, file))
+
+
+def protect_checkpoint_saving() -> None:
+    """Make fairseq save in this way. A second call changes nothing."""
+    from fairseq import checkpoint_utils
+    from fairseq.file_io import PathManager
+
+    if issubclass(checkpoint_utils.PathManager, _AtomicCopies):
+        return
+    fairseq_save = checkpoint_utils.torch_persistent_save
+
+    def save(obj: Any, filename: str, async_write: bool = False) -> None:
+        if async_write or not PathManager.supports_rename(filename):
+            return fairseq_save(obj, filename, async_write)
+        save_whole(obj, filename)
+
+    checkpoint_utils.torch_persistent_save = save
+    checkpoint_utils.PathManager = type("PathManager", (_AtomicCopies, PathManager), {})
+
+
+class _AtomicCopies:
+    """Mixed into fairseq's PathManager: its copies on a local disk are whole or not there."""
+
+    @staticmethod
+    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
+        from fairseq.file_io import PathManager
+
+        if any(PathManager.path_requires_pathmanager(path) for path in (src_path, dst_path)):
+            return PathManager.copy(src_path, dst_path, overwrite)
+        with open(src_path, "rb") as source:
+            replace_atomically(dst_path, lambda file: shutil.copyfileobj(source, file, 2**20))
+        return True
