@@ -17,6 +17,7 @@ from fwp_fairseq.models.fwp_transformer import (
     PLACE_FIELDS,
     AttentionKind,
     FWPTransformerDecoder,
+    NamesWhatDoesNotFit,
     attach_fast_weights,
     resolve_sizes,
     size_that_follows,
@@ -40,7 +41,7 @@ class FWPTransformerLanguageModelConfig(TransformerLanguageModelConfig, FastWeig
 
 
 @register_model("fwp_transformer_lm", dataclass=FWPTransformerLanguageModelConfig)
-class FWPTransformerLanguageModel(TransformerLanguageModel):
+class FWPTransformerLanguageModel(NamesWhatDoesNotFit, TransformerLanguageModel):
     """Decoder-only Transformer with fast weights; with softmax attention it is fairseq's transformer_lm."""
 
     @classmethod
