@@ -45,17 +45,8 @@ def train(data: Path, folder: Path, combination: Combination, updates: int, lr: 
             *("--encoder-self-attention", "fast-weight", "--cross-attention", "fast-weight", *options),
             *("--optimizer", "adam", "--lr", lr, "--criterion", "cross_entropy", "--batch-size", 16),
             *("--max-update", updates, "--no-epoch-checkpoints", "--save-interval-updates", 50),
-            *(
-                "--keep-interval-updates",
-                1,
-                "--log-format",
-                "simple",
-                "--log-interval",
-                10,
-                "--seed",
-                1,
-                "--disable-validation",
-            ),
+            *("--keep-interval-updates", 1, "--log-format", "simple", "--log-interval", 10, "--seed", 1),
+            "--disable-validation",
         ),
     )
     messages = log.read_text()
