@@ -1,11 +1,12 @@
 """Packaging; the settings of the tools are in pyproject.toml."""
 
+import fcntl
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -82,7 +83,26 @@ def cuda_architectures(nvcc: Path) -> list[str]:
 
 
 class BuildOperators(build_ext):
-    """Builds the kernels for a GPU into the library, where there is a CUDA toolkit and they compile; else without."""
+    """Builds the kernels for a GPU into the library, where there is a CUDA toolkit and they compile; else without.
+
+    Of several builds in one folder at once each waits for the one before it, and finds its work done.
+    """
+
+    def run(self) -> None:
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            super().run()
+
+    def copy_file(self, infile: str, outfile: str, *args: Any, **kwargs: Any) -> Any:
+        """Into the clone: whole or not at all, since a training that starts meanwhile may load it."""
+        target = Path(outfile)
+        unfinished = target.with_name(f"new{target.name}")
+        result = super().copy_file(infile, str(unfinished), *args, **kwargs)
+        if unfinished.exists():
+            os.replace(unfinished, target)
+        return result
 
     def build_extension(self, extension: Extension) -> None:
         toolkit = cuda_toolkit()

@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import types
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -56,6 +57,7 @@ def load_checkpoint_file(file: Any, map_location: Any = "cpu", extra_globals: tu
     known = torch.serialization.get_safe_globals()
     allowed = [item for item in (*_CHECKPOINT_GLOBALS, *extra_globals) if item not in known]
     try:
+        _check_archive(file)
         with torch.serialization.safe_globals(allowed):
             # Given here, weights_only outranks TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
             state = torch.load(file, map_location=map_location, weights_only=True)
@@ -77,6 +79,22 @@ def load_checkpoint_file(file: Any, map_location: Any = "cpu", extra_globals: tu
                 "some options."
             )
     return state
+
+
+def _check_archive(file: Any) -> None:
+    """Raise ValueError if a checksum of the archive is wrong, which torch does not look at, or if it is compressed.
+
+    torch writes no compressed archives but reads them: a small one could fill the memory. Files in the format that
+    torch had before 1.6 are no archives and have no checksums.
+    """
+    start = file.tell()
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("compressed")
+            if archive.testzip() is not None:
+                raise ValueError("wrong checksum")
+    file.seek(start)
 
 
 def _options_with_calls(*configs: Any) -> Iterator[str]:

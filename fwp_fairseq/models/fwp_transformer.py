@@ -88,10 +88,27 @@ FWPTransformerConfig.__module__ = __name__
 
 
 def resolve_sizes(args: Any, follows: dict[str, str]) -> None:
-    """Fill in the sizes that were not given by those they follow."""
+    """Fill in the sizes that were not given by those they follow. Raises ValueError for one below 1."""
     for name, source in follows.items():
         if getattr(args, name, None) is None:
             setattr(args, name, getattr(args, source))
+    for name in (*follows.values(), *follows):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
+
+
+class NamesWhatDoesNotFit:
+    """Mixed into a model: a checkpoint of other sizes is refused in one sentence, where torch lists all of them."""
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        for name, own in self.state_dict().items():  # type: ignore[attr-defined]
+            given = state_dict.get(name)
+            if given is not None and given.shape != own.shape:
+                raise ValueError(
+                    f"{name} has the shape {tuple(given.shape)} in the checkpoint and {tuple(own.shape)} in this "
+                    "model: give it the flags and the dictionaries of its training."
+                )
+        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 
 
 def attach_fast_weights(cfg: TransformerConfig, args: Any, places: tuple[str, ...] = PLACES) -> None:
@@ -191,7 +208,7 @@ class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
 
 
 @register_model("fwp_transformer", dataclass=FWPTransformerConfig)
-class FWPTransformerModel(TransformerModelBase):
+class FWPTransformerModel(NamesWhatDoesNotFit, TransformerModelBase):
     """Encoder-decoder Transformer with fast weights; with softmax in every place it is fairseq's own."""
 
     @classmethod

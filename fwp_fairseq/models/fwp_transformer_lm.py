@@ -17,6 +17,7 @@ from fwp_fairseq.models.fwp_transformer import (
     PLACE_FIELDS,
     AttentionKind,
     FWPTransformerDecoder,
+    NamesWhatDoesNotFit,
     attach_fast_weights,
     resolve_sizes,
     size_that_follows,
@@ -38,7 +39,7 @@ class LanguageModelConfig(TransformerLanguageModelConfig):
     decoder_output_dim: Optional[int] = size_that_follows("decoder_embed_dim")
 
 
-class LanguageModel(TransformerLanguageModel):
+class LanguageModel(NamesWhatDoesNotFit, TransformerLanguageModel):
     """fairseq's transformer_lm with a decoder of another kind, which subclasses build."""
 
     @classmethod

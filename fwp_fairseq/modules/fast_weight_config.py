@@ -95,7 +95,7 @@ class FastWeightConfig(FairseqDataclass):
         """
         _check_choice("--update-rule", self.update_rule, UPDATE_RULES)
         _check_choice("--key-normalization", self.key_normalization, KEY_NORMALIZATIONS)
-        if num_heads < 1 or embed_dim % num_heads:
+        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(
                 f"--{place}-attention-heads is {num_heads}, it must divide --{place}-embed-dim, which is {embed_dim}"
             )

@@ -162,7 +162,9 @@ def messages(wheel: Path) -> Iterator[Pair]:
             if info.file_size > MAX_CATALOGUE_BYTES:
                 raise CollectError(f"{wheel}: {info.filename!r} is larger than {MAX_CATALOGUE_BYTES} bytes.")
             try:
-                catalogue = parse(archive.read(info), info.filename)
+                with archive.open(info) as member:
+                    # Whatever size the archive claims, not more than this is unpacked.
+                    catalogue = parse(member.read(MAX_CATALOGUE_BYTES), info.filename)
             # Whatever a damaged archive or catalogue makes zipfile or babel raise: the file is the cause, name it.
             except Exception as error:
                 raise CollectError(f"{wheel}: {info.filename!r} cannot be read: {error}.") from None

@@ -46,10 +46,11 @@ def train(data: Path, folder: Path, combination: Combination, updates: int, lr: 
             *("--optimizer", "adam", "--lr", lr, "--criterion", "cross_entropy", "--batch-size", 16),
             *("--max-update", updates, "--no-epoch-checkpoints", "--save-interval-updates", 50),
             *("--keep-interval-updates", 1, "--log-format", "simple", "--log-interval", 10, "--seed", 1),
+            "--disable-validation",
         ),
     )
     messages = log.read_text()
-    losses = re.findall(r"\| train_inner \|.* loss=([\d.einfa-]+)", messages)
+    losses = re.findall(r"\btrain_inner\b.* loss=([\d.einfa-]+)", messages)
     broken = [
         f"{path.name}: {name}"
         for path in sorted(folder.glob("checkpoint*.pt"))

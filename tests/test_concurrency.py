@@ -1,0 +1,78 @@
+"""Trainings and builds at the same time do not disturb each other, and more processes train as one does."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, Corpus, Run, find_script
+
+from fwp_fairseq.checkpoints import load_checkpoint_file
+
+pytest.importorskip("fairseq")
+
+TRAINING = (
+    *("--user-dir", "fwp_fairseq", "--cpu", "--arch", "fwp_transformer", "--encoder-layers", 1, "--decoder-layers", 1),
+    *("--encoder-embed-dim", 16, "--encoder-ffn-embed-dim", 16, "--optimizer", "adam", "--criterion", "cross_entropy"),
+    *("--required-batch-size-multiple", 1, "--no-epoch-checkpoints", "--valid-subset", "test", "--seed", 1),
+    *("--encoder-attention-heads", 2, "--decoder-attention-heads", 2),
+)
+
+
+def parameters(folder: Path) -> dict[str, torch.Tensor]:
+    with (folder / "checkpoint_last.pt").open("rb") as file:
+        return load_checkpoint_file(file)["model"]
+
+
+def test_two_trainings_at_once_from_one_clone_end_with_the_same_bits(
+    corpus: Corpus, run: Run, side_by_side: Callable[..., Any], tmp_path: Path
+) -> None:
+    command = ("fairseq-train", corpus.translation, *TRAINING, "--batch-size", 50, "--max-update", 20, "--save-dir")
+    side_by_side(*(lambda name=name: run(*command, tmp_path / name) for name in "ab"))
+    a, b = parameters(tmp_path / "a"), parameters(tmp_path / "b")
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def test_two_processes_with_unequal_shards_train_as_one_does_that_accumulates_gradients(
+    corpus: Corpus, run: Run, tmp_path: Path
+) -> None:
+    # Seven batches: four for one process and three for the other, which takes part in the fourth update with none.
+    options = ("--dropout", 0, "--batch-size", 300, "--max-update", 9)
+    command = ("fairseq-train", corpus.translation, *TRAINING, *options)
+    distributed = (
+        *("--distributed-world-size", 2, "--distributed-init-method", "env://", "--distributed-rank=-1"),
+        *("--distributed-no-spawn", "--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp"),
+    )
+    run(*command, "--update-freq", 2, "--save-dir", tmp_path / "one")
+    torchrun = ("torchrun", "--standalone", "--nproc_per_node", 2, find_script("fairseq-train"))
+    run(*torchrun, *command[1:], *distributed, "--save-dir", tmp_path / "two")
+    one, two = parameters(tmp_path / "one"), parameters(tmp_path / "two")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_two_builds_at_once_give_one_whole_library(tmp_path: Path) -> None:
+    """Of a small source in place of the operators: what is tested is how setup.py builds."""
+    source = tmp_path / "clone"
+    (source / "fwp_fairseq" / "csrc").mkdir(parents=True)
+    for name in ("setup.py", "README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, source)
+    shutil.copy(ROOT / "fwp_fairseq" / "__init__.py", source / "fwp_fairseq")
+    code = 'extern "C" int answer() { return 42; }\n'
+    (source / "fwp_fairseq" / "csrc" / "small.cpp").write_text(code)
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    builds = [subprocess.Popen(build, cwd=source, env={**os.environ}, **output) for _ in range(2)]
+    messages = [each.communicate(timeout=300)[0] for each in builds]
+    assert [each.returncode for each in builds] == [0, 0], messages
+    assert sum("-c fwp_fairseq/csrc/small.cpp" in each for each in messages) == 1, "the second has nothing to compile"
+    (library,) = (source / "fwp_fairseq").glob("*.so")
+    assert library.name.startswith("_native_for_torch_")
+    call = f"import ctypes; print(ctypes.CDLL({str(library)!r}).answer())"
+    assert subprocess.run([sys.executable, "-c", call], capture_output=True, text=True).stdout == "42\n"
