@@ -80,8 +80,6 @@ TRAINING = (
 
 
 WRONG = [
-    ("--fp16", 1, "--fp16 needs a GPU"),
-    ("--bf16", 1, "--bf16 needs a GPU"),
     ("--encoder-embed-dim 0", 1, "--encoder-embed-dim is 0, it must be at least 1"),
     ("--update-rule hebb", 2, "--update-rule: invalid choice: 'hebb'"),
     ("--feature-map cosine", 2, "--feature-map: invalid choice: 'cosine'"),
