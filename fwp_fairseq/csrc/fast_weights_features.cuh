@@ -24,8 +24,8 @@ __device__ __forceinline__ T larger(T a, T b) { return b > a ? b : a; }
 template <class T>
 __device__ __forceinline__ T smaller(T a, T b) { return b < a ? b : a; }
 
-// A number over all threads of a block, COUNT times, in all of them. Ends with a barrier; before it, what other threads
-// wrote to shared memory is not theirs to see.
+// A number over all threads of a block, COUNT times, in all of them. The sums' end has no barrier: before `scratch` is
+// written again there has to be one, as the end of make_features() is.
 template <int COUNT, class T>
 __device__ __forceinline__ void block_sums(T (&x)[COUNT], T* scratch) {
     static_assert(COUNT <= 3);
@@ -42,7 +42,6 @@ __device__ __forceinline__ void block_sums(T (&x)[COUNT], T* scratch) {
 #pragma unroll 1
         for (int w = 0; w < kStepWarps; ++w) x[i] += scratch[i * kStepWarps + w];
     }
-    __syncthreads();
 }
 
 template <int COUNT, class T>
