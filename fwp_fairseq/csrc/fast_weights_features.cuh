@@ -24,8 +24,8 @@ __device__ __forceinline__ T larger(T a, T b) { return b > a ? b : a; }
 template <class T>
 __device__ __forceinline__ T smaller(T a, T b) { return b < a ? b : a; }
 
-// A number over all threads of a block, COUNT times, in all of them. Ends with a barrier; before it, what other threads
-// wrote to shared memory is not theirs to see.
+// A number over all threads of a block, COUNT times, in all of them. Has a barrier within; before `scratch` is used
+// again there must be another one.
 template <int COUNT, class T>
 __device__ __forceinline__ void block_sums(T (&x)[COUNT], T* scratch) {
     static_assert(COUNT <= 3);
@@ -42,9 +42,9 @@ __device__ __forceinline__ void block_sums(T (&x)[COUNT], T* scratch) {
 #pragma unroll 1
         for (int w = 0; w < kStepWarps; ++w) x[i] += scratch[i * kStepWarps + w];
     }
-    __syncthreads();
 }
 
+// The same of the largest; ends with a barrier, so that sums can follow.
 template <int COUNT, class T>
 __device__ __forceinline__ void block_maxima(T (&x)[COUNT], T* scratch) {
     const int warp = threadIdx.x / kWarp;

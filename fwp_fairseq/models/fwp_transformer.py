@@ -172,9 +172,14 @@ class FWPTransformerDecoder(TransformerDecoderBase):
 
     def can_read_ahead(self) -> bool:
         """Whether all that decoding keeps of earlier tokens are fast weights."""
-        return not self.cross_self_attention and all(
-            isinstance(layer.self_attn, FastWeightAttention) for layer in self.layers
-        )
+        return not self.cross_self_attention and self._needs_no_mask()
+
+    def _needs_no_mask(self) -> bool:
+        return all(isinstance(layer.self_attn, FastWeightAttention) for layer in self.layers)
+
+    def buffered_future_mask(self, tensor: Tensor) -> Optional[Tensor]:
+        """The mask of the future; None where the order of writes implies it: it is the square of the length."""
+        return None if self._needs_no_mask() else super().buffered_future_mask(tensor)
 
     def make_generation_fast_(self, **kwargs: Any) -> None:
         """fairseq calls this of every module of a model that is going to generate."""
