@@ -1,8 +1,11 @@
-"""Training in half precision where fairseq cannot do it is refused in words.
+"""Errors of fairseq's trainer that name their cause.
 
-fairseq's optimizers for --fp16 and --bf16 need a GPU; without one they end in an error about something else.
+Its optimizers for --fp16 and --bf16 need a GPU; without one they end in an error about something else. When gradients
+are not finite it looks for the module that is the cause, with hooks that do not bear an encoder's output, which is a
+dictionary of lists: a training that diverged ended in "StopIteration".
 """
 
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -29,3 +32,11 @@ def refuse_half_precision_without_gpu() -> None:
 
     Trainer.__init__ = init
     Trainer.fwp_checks_precision = True
+
+
+def let_divergence_be_named() -> None:
+    """Make fairseq look for the cause in the forward pass only, and then raise its FloatingPointError."""
+    from fairseq import trainer
+    from fairseq.nan_detector import NanDetector
+
+    trainer.NanDetector = partial(NanDetector, backward=False)
