@@ -399,3 +399,13 @@ def test_decoders_prepared_for_inference_give_the_same_scores(build):
         assert type(model.decoder.output_projection) is FewRowsLinear
         torch.testing.assert_close(model(**batch)[0], expected)
     assert list(model.state_dict()) == names
+
+
+def test_a_prompt_of_20_000_tokens_needs_no_mask_that_is_the_square_of_its_length():
+    model = build_lm("--no-token-positional-embeddings").eval()
+    assert model.decoder.buffered_future_mask(torch.zeros(20_000, 1, 8)) is None
+    with torch.no_grad():
+        logits, _ = model(tokens(model, 1, 20_000))
+    assert logits.isfinite().all()
+    softmax = build_lm("--decoder-self-attention", "softmax")
+    assert softmax.decoder.buffered_future_mask(torch.zeros(5, 1, 8)).shape == (5, 5)

@@ -149,6 +149,10 @@ def test_a_training_that_explodes_ends_in_an_error_and_keeps_its_last_sound_chec
     broken = run(*command, "--max-update", 3, "--lr", 1e39, "--reset-lr-scheduler", check=False)
     assert broken.returncode == 1
     assert broken.stderr.strip().splitlines()[-1].startswith("FloatingPointError")
+    # Here they are only very large, and the gradients of the next loss are not finite.
+    diverged = run(*command, "--max-update", 5, "--lr", 1e20, "--reset-lr-scheduler", check=False)
+    assert diverged.returncode == 1
+    assert diverged.stderr.strip().splitlines()[-1] == "FloatingPointError: gradients are Nan/Inf"
     kept: dict[str, Tensor] = load(tmp_path / "checkpoint_last.pt")["model"]
     assert all(value.isfinite().all() for value in kept.values())
 

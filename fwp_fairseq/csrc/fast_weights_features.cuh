@@ -24,8 +24,8 @@ __device__ __forceinline__ T larger(T a, T b) { return b > a ? b : a; }
 template <class T>
 __device__ __forceinline__ T smaller(T a, T b) { return b < a ? b : a; }
 
-// A number over all threads of a block, COUNT times, in all of them. The sums' end has no barrier: before `scratch` is
-// written again there has to be one, as the end of make_features() is.
+// A number over all threads of a block, COUNT times, in all of them. Has a barrier within; before `scratch` is used
+// again there must be another one.
 template <int COUNT, class T>
 __device__ __forceinline__ void block_sums(T (&x)[COUNT], T* scratch) {
     static_assert(COUNT <= 3);
@@ -44,6 +44,7 @@ __device__ __forceinline__ void block_sums(T (&x)[COUNT], T* scratch) {
     }
 }
 
+// The same of the largest; ends with a barrier, so that sums can follow.
 template <int COUNT, class T>
 __device__ __forceinline__ void block_maxima(T (&x)[COUNT], T* scratch) {
     const int warp = threadIdx.x / kWarp;

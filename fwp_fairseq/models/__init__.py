@@ -6,6 +6,7 @@ require_fairseq()
 
 from fwp_fairseq.checkpoint_options import check_options, check_options_of_checkpoints  # noqa: E402
 from fwp_fairseq.checkpoints import protect_checkpoint_loading  # noqa: E402
+from fwp_fairseq.divergence import let_divergence_be_named  # noqa: E402
 from fwp_fairseq.resuming import make_resuming_exact  # noqa: E402
 from fwp_fairseq.saving import protect_checkpoint_saving  # noqa: E402
 
@@ -13,6 +14,7 @@ protect_checkpoint_loading(check_options)
 check_options_of_checkpoints()
 protect_checkpoint_saving()
 make_resuming_exact()
+let_divergence_be_named()
 
 from fwp_fairseq.models import (  # noqa: E402
     associative_memory,

@@ -76,10 +76,10 @@ def translate(folder: Path, log: Path, seconds: float = 60) -> dict[str, Any]:
         time.sleep(0.01)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     messages = log.read_text(errors="replace")
-    last = messages.strip().splitlines()[-1] if messages.strip() else ""
-    outcome = "crash" if status < 0 else "translated" if status == 0 else "refused"
-    if outcome == "refused" and not re.match(r"[\w.]*(Error|Exception|Assertion\w*)\b", last):
-        outcome = "unclear"
+    # A message may quote the line of a dictionary, with its end.
+    errors = re.findall(r"^[\w.]*(?:Error|Exception)\b.*$", messages, re.M)
+    last = errors[-1] if errors else messages.strip()[-300:]
+    outcome = "crash" if status < 0 else "translated" if status == 0 else "refused" if errors else "unclear"
     if "MemoryError" in last or "not enough memory" in last:
         outcome = "huge"
     return {"outcome": outcome, "message": last[:300], "text": re.findall(r"^[SH]-.*$", messages, re.M)}
