@@ -4,18 +4,70 @@ Each layer's self-attention owns what it carries: a dict of tensors whose first 
 cut between segments.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Optional
 
-from torch import Tensor
+from fairseq.incremental_decoding_utils import with_incremental_state
+from torch import Tensor, nn
 
 LayerState = dict[str, Tensor]
 DecoderState = list[LayerState]
 
+# fairseq's decoder layer looks for this key to see whether decoding has begun (--cross-self-attention needs it).
+MEMORY = "prev_key"
+
+
+@with_incremental_state
+class AttentionWithState(nn.Module):
+    """Base of attention that keeps tensors, whose first dimension is the batch, of the tokens that it has read.
+
+    In incremental decoding they are in fairseq's ``incremental_state``. A parallel pass goes on from, and leaves, what
+    ``carry`` says.
+    """
+
+    # What fairseq's decorator adds.
+    get_incremental_state: Callable[..., Any]
+    set_incremental_state: Callable[..., Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        # While ``carry`` is in effect: what a parallel pass goes on from, and where it leaves what it has in the end.
+        self._before: LayerState = {}
+        self._after: Optional[LayerState] = None
+
+    @contextmanager
+    def carry(self, before: LayerState) -> Iterator[LayerState]:
+        """Within this context a parallel pass goes on from ``before``: what an earlier context yielded, or empty.
+
+        The yielded dict then has what the next pass can go on from, without gradient. ``before`` stays as it is, so
+        that --checkpoint-activations can repeat the pass.
+        """
+        self._before, self._after = before, dict(before)
+        try:
+            yield self._after
+        finally:
+            self._before, self._after = {}, None
+
+    def _kept(self, incremental_state: Any) -> Mapping[str, Optional[Tensor]]:
+        """What was kept of the tokens before: in decoding, or by the parallel pass before."""
+        return self._before if incremental_state is None else self._get_input_buffer(incremental_state)
+
+    def _keep(self, incremental_state: Any, state: Mapping[str, Optional[Tensor]]) -> None:
+        """Keep this for the tokens to come."""
+        self._set_input_buffer(incremental_state, state)
+        if incremental_state is None and self._after is not None:
+            self._after.update({name: x.detach() for name, x in state.items() if x is not None})
+
+    def _get_input_buffer(self, incremental_state: Any) -> dict[str, Optional[Tensor]]:
+        return self.get_incremental_state(incremental_state, "attn_state") or {}
+
+    def _set_input_buffer(self, incremental_state: Any, buffer: Mapping[str, Optional[Tensor]]) -> Any:
+        return self.set_incremental_state(incremental_state, "attn_state", buffer)
+
 
 class CarriesState:
-    """Mixin for fairseq's decoders. It needs of each layer's ``self_attn`` a context manager ``carry``.
+    """Mixin for fairseq's decoders whose layers have AttentionWithState as ``self_attn``.
 
     ``starting_state``, of one row or one for each sentence, or None: what incremental decoding begins with.
     """

@@ -1,18 +1,16 @@
 """Multi-head attention whose memory is a fast-weight matrix, behind the interface of fairseq's MultiheadAttention."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Optional
 
 import torch
-from fairseq.incremental_decoding_utils import with_incremental_state
 from fairseq.modules import LayerNorm
 from fairseq.modules.fairseq_dropout import FairseqDropout
 from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor, nn
 
-from fwp_fairseq.modules.carried_state import LayerState
+from fwp_fairseq.modules.carried_state import MEMORY, AttentionWithState
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 from fwp_fairseq.modules.few_rows_linear import JointLinear, join_linears
 from fwp_fairseq.modules.key_features import KeyFeatures
@@ -31,16 +29,13 @@ from fwp_fairseq.ops.numerics import state_dtype
 
 IncrementalState = dict[str, dict[str, Optional[Tensor]]]
 
-# fairseq's decoder layer looks for this key to see whether decoding has begun (--cross-self-attention needs it).
-_MEMORY = "prev_key"
 _NORMALIZER = "normalizer"
 # With the compiled step: where rows of the batch have their memories, and the beam order that is yet to be applied.
 _PLACES = "places"
 _ORDER = "order"
 
 
-@with_incremental_state
-class FastWeightAttention(nn.Module):
+class FastWeightAttention(AttentionWithState):
     """Attention that writes (key, value) associations into a matrix per head and reads them with queries.
 
     It composes projections, a feature map with its normalisation, an update rule, optional attention normalisation,
@@ -59,11 +54,6 @@ class FastWeightAttention(nn.Module):
 
     Shapes are fairseq's: time first, (L, B, embed_dim). The second output, attention weights, is always None.
     """
-
-    # What fairseq's decorator adds.
-    init_incremental_state: Callable[[], None]
-    get_incremental_state: Callable[..., Any]
-    set_incremental_state: Callable[..., Any]
 
     def __init__(
         self,
@@ -93,9 +83,6 @@ class FastWeightAttention(nn.Module):
         self.backend = str(config.fast_weight_backend)
         self.attention_normalization = config.attention_normalization
         self.beam_size = 1
-        # While ``carry`` is in effect: what a parallel pass goes on from, and where it leaves what it has in the end.
-        self._before: LayerState = {}
-        self._after: Optional[LayerState] = None
         self._joint_projection: Optional[JointLinear] = None
 
         def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
@@ -120,7 +107,6 @@ class FastWeightAttention(nn.Module):
         self.read_layer_norm = LayerNorm(self.head_dim) if normalize_read else None
         self.dropout_module = FairseqDropout(dropout, module_name=self.__class__.__name__)
         self.reset_parameters()
-        self.init_incremental_state()
 
     def reset_parameters(self) -> None:
         """As fairseq's attention; the write strength starts near 1/2, the kept share of a gated memory near 1."""
@@ -190,8 +176,7 @@ class FastWeightAttention(nn.Module):
         q, k, v = self._split_heads(self.q_proj(query), self.k_proj(key), self.v_proj(value))
         q, k = self.features(q, k)
         gates = self._gates(key, padding)
-        decoding = incremental_state is not None
-        memory, normalizer = _in_rows(self._get_input_buffer(incremental_state) if decoding else dict(self._before))
+        memory, normalizer = _in_rows(self._kept(incremental_state))
 
         before = k.size(2) - q.size(2)
         if before > 0:
@@ -201,7 +186,8 @@ class FastWeightAttention(nn.Module):
             k, v, gates = k[:, :, before:], v[:, :, before:], _cut(gates, slice(before, None))
 
         # In place, which is not for a memory that was carried here.
-        if decoding and memory is not None and q.size(2) == 1 and not torch.is_grad_enabled():
+        in_place = incremental_state is not None and q.size(2) == 1 and not torch.is_grad_enabled()
+        if in_place and memory is not None:
             read = self._step(q[:, :, 0], k[:, :, 0], v[:, :, 0], _cut(gates, 0), memory, normalizer)[:, :, None]
         elif self.attention_normalization:
             read, memory, normalizer = normalized_scan(
@@ -211,10 +197,7 @@ class FastWeightAttention(nn.Module):
             read, memory = fast_weight_scan(
                 q, k, v, *gates, initial_state=memory, backend=self.backend, max_norm=self.rule.max_norm
             )
-        self._set_input_buffer(incremental_state, {_MEMORY: memory, _NORMALIZER: normalizer})
-        if not decoding and self._after is not None:
-            left = {_MEMORY: memory, _NORMALIZER: normalizer}
-            self._after.update({name: x.detach() for name, x in left.items() if x is not None})
+        self._keep(incremental_state, {MEMORY: memory, _NORMALIZER: normalizer})
         return read
 
     def _decodes_natively(self, query: Tensor) -> bool:
@@ -234,7 +217,7 @@ class FastWeightAttention(nn.Module):
     ) -> Tensor:
         rows, heads = query.size(1), (query.size(1), self.num_heads, self.head_dim)
         buffer = self._get_input_buffer(incremental_state)
-        memory, normalizer = buffer.get(_MEMORY), buffer.get(_NORMALIZER)
+        memory, normalizer = buffer.get(MEMORY), buffer.get(_NORMALIZER)
         if memory is None:
             memory = query.new_zeros(*heads[:2], self.features.size, self.head_dim, dtype=state_dtype(query.dtype))
             normalizer = memory.new_zeros(*memory.shape[:3], 1) if self.attention_normalization else None
@@ -254,7 +237,7 @@ class FastWeightAttention(nn.Module):
             erases=self.rule.erases,
             complement=self.rule.forgets == "complement",
         )
-        self._set_input_buffer(incremental_state, {_MEMORY: memory, _NORMALIZER: normalizer, _PLACES: places})
+        self._set_input_buffer(incremental_state, {MEMORY: memory, _NORMALIZER: normalizer, _PLACES: places})
         return read[:, :, None]
 
     def _projections(self) -> list[Optional[nn.Module]]:
@@ -284,7 +267,7 @@ class FastWeightAttention(nn.Module):
         # Only cross-attention decodes incrementally; its memory is written once.
         incremental_state = incremental_state if self.encoder_decoder_attention else None
         buffer = self._get_input_buffer(incremental_state)
-        memory, normalizer = buffer.get(_MEMORY), buffer.get(_NORMALIZER)
+        memory, normalizer = buffer.get(MEMORY), buffer.get(_NORMALIZER)
         (q,) = self._split_heads(self.q_proj(query))
         if memory is None:
             assert key is not None and value is not None
@@ -298,7 +281,7 @@ class FastWeightAttention(nn.Module):
             k, v = self._split_heads(self.k_proj(key), self.v_proj(value))
             q, k = self.features(q, k)
             memory, normalizer = self._write(k, v, self._gates(key, padding))
-            self._set_input_buffer(incremental_state, {_MEMORY: memory, _NORMALIZER: normalizer})
+            self._set_input_buffer(incremental_state, {MEMORY: memory, _NORMALIZER: normalizer})
         elif self._decodes_natively(query):
             return native.read(q[:, :, 0], memory, normalizer, self.features.address_features())[:, :, None]
         else:
@@ -345,19 +328,6 @@ class FastWeightAttention(nn.Module):
         """(T, B, embed_dim) -> (B, H, T, head_dim)."""
         return tuple(x.unflatten(-1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3) for x in projected)
 
-    @contextmanager
-    def carry(self, before: LayerState) -> Iterator[LayerState]:
-        """Within this context a parallel pass goes on from ``before``: what an earlier context yielded, or empty.
-
-        The yielded dict then has what the next pass can go on from, without gradient. ``before`` stays as it is, so
-        that --checkpoint-activations can repeat the pass.
-        """
-        self._before, self._after = before, dict(before)
-        try:
-            yield self._after
-        finally:
-            self._before, self._after = {}, None
-
     def set_beam_size(self, beam_size: int) -> None:
         """fairseq's generator says how many hypotheses of a sentence are rows of the batch."""
         self.beam_size = beam_size
@@ -367,7 +337,7 @@ class FastWeightAttention(nn.Module):
     ) -> Optional[IncrementalState]:
         """Let row i go on from what row ``new_order[i]`` has written so far."""
         buffer = self._get_input_buffer(incremental_state)
-        memory, order = buffer.get(_MEMORY), buffer.get(_ORDER)
+        memory, order = buffer.get(MEMORY), buffer.get(_ORDER)
         if memory is None:
             return incremental_state
         if self.encoder_decoder_attention and self.beam_size > 1:
@@ -385,16 +355,8 @@ class FastWeightAttention(nn.Module):
         # The next step finds the memories where they are; there are not places for more rows than before.
         if not self.causal or new_order.size(0) > memory.size(0):
             memory, normalizer = _in_rows(reordered)
-            reordered = {_MEMORY: memory, _NORMALIZER: normalizer}
+            reordered = {MEMORY: memory, _NORMALIZER: normalizer}
         return self._set_input_buffer(incremental_state, reordered)
-
-    def _get_input_buffer(self, incremental_state: Optional[IncrementalState]) -> dict[str, Optional[Tensor]]:
-        return self.get_incremental_state(incremental_state, "attn_state") or {}
-
-    def _set_input_buffer(
-        self, incremental_state: Optional[IncrementalState], buffer: dict[str, Optional[Tensor]]
-    ) -> Optional[IncrementalState]:
-        return self.set_incremental_state(incremental_state, "attn_state", buffer)
 
 
 def _same_in_groups(x: Tensor, dim: int, size: int) -> bool:
@@ -409,9 +371,9 @@ def _cut(gates: Gates, where: "slice | int") -> Gates:
     return Gates(*(None if gate is None else gate[:, :, where] for gate in gates))
 
 
-def _in_rows(buffer: dict[str, Optional[Tensor]]) -> tuple[Optional[Tensor], Optional[Tensor]]:
+def _in_rows(buffer: Mapping[str, Optional[Tensor]]) -> tuple[Optional[Tensor], Optional[Tensor]]:
     """Memory and normalizer of each row of the batch, from a buffer that says where they are."""
-    memory, normalizer, places, order = (buffer.get(name) for name in (_MEMORY, _NORMALIZER, _PLACES, _ORDER))
+    memory, normalizer, places, order = (buffer.get(name) for name in (MEMORY, _NORMALIZER, _PLACES, _ORDER))
     if order is not None and places is not None:
         order = places.index_select(0, order)
     where = places if order is None else order

@@ -9,34 +9,22 @@ with learned u and v of every head. The memory has the ``memory_length`` last in
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
-from fairseq.incremental_decoding_utils import with_incremental_state
 from fairseq.modules.fairseq_dropout import FairseqDropout
 from torch import Tensor, nn
 
-from fwp_fairseq.modules.carried_state import LayerState
-
-# fairseq's decoder layer looks for this key to see whether decoding has begun.
-_MEMORY = "prev_key"
+from fwp_fairseq.modules.carried_state import MEMORY, AttentionWithState
 
 
-@with_incremental_state
-class RelativeAttention(nn.Module):
+class RelativeAttention(AttentionWithState):
     """Causal self-attention with a memory, behind the interface of fairseq's MultiheadAttention.
 
     ``memory_length`` is that of training, ``eval_memory_length`` (default: the same) that of evaluation and decoding.
     There are no biases but u and v. Shapes are fairseq's: (T, B, embed_dim); the memory is (B, up to memory_length,
     embed_dim). Padding is taken to be at the end, where causality hides it from all that count.
     """
-
-    # What fairseq's decorator adds.
-    init_incremental_state: Callable[[], None]
-    get_incremental_state: Callable[..., Any]
-    set_incremental_state: Callable[..., Any]
 
     def __init__(
         self,
@@ -65,11 +53,7 @@ class RelativeAttention(nn.Module):
         self.content_bias = nn.Parameter(torch.empty(num_heads, 1, self.head_dim))  # u
         self.position_bias = nn.Parameter(torch.empty(num_heads, 1, self.head_dim))  # v
         self.dropout_module = FairseqDropout(dropout, module_name=self.__class__.__name__)
-        # While ``carry`` is in effect: what a parallel pass goes on from, and where it leaves what it has in the end.
-        self._before: LayerState = {}
-        self._after: Optional[LayerState] = None
         self.reset_parameters()
-        self.init_incremental_state()
 
     def reset_parameters(self) -> None:
         """Projections as fairseq's attention has them, u and v as Dai et al. do."""
@@ -96,13 +80,9 @@ class RelativeAttention(nn.Module):
         need_head_weights: bool = False,
     ) -> tuple[Tensor, None]:
         """query: (T, B, embed_dim), which is key and value, too. Returns ((T, B, embed_dim), None)."""
-        decoding = incremental_state is not None
-        memory = (self._get_input_buffer(incremental_state) if decoding else self._before).get(_MEMORY)
+        memory = self._kept(incremental_state).get(MEMORY)
         context = query if memory is None else torch.cat([memory.to(query).transpose(0, 1), query])
-        kept = {_MEMORY: self._last(context)}
-        self._set_input_buffer(incremental_state, kept)
-        if not decoding and self._after is not None:
-            self._after.update(kept)
+        self._keep(incremental_state, {MEMORY: self._last(context)})
 
         q, k, v = (self._split_heads(x) for x in (self.q_proj(query), self.k_proj(context), self.v_proj(context)))
         r = self._split_heads(self.position_proj(_sinusoids(context)))  # (1, H, S, head_dim)
@@ -125,26 +105,11 @@ class RelativeAttention(nn.Module):
         """(T, B, embed_dim) -> (B, H, T, head_dim)."""
         return x.unflatten(-1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
 
-    @contextmanager
-    def carry(self, before: LayerState) -> Iterator[LayerState]:
-        """As FastWeightAttention has it."""
-        self._before, self._after = before, dict(before)
-        try:
-            yield self._after
-        finally:
-            self._before, self._after = {}, None
-
     def reorder_incremental_state(self, incremental_state: Any, new_order: Tensor) -> Any:
         """Let row i go on from what row ``new_order[i]`` has read so far."""
         buffer = self._get_input_buffer(incremental_state)
-        reordered = {name: x.index_select(0, new_order) for name, x in buffer.items()}
+        reordered = {name: x.index_select(0, new_order) for name, x in buffer.items() if x is not None}
         return self._set_input_buffer(incremental_state, reordered) if reordered else incremental_state
-
-    def _get_input_buffer(self, incremental_state: Any) -> LayerState:
-        return self.get_incremental_state(incremental_state, "attn_state") or {}
-
-    def _set_input_buffer(self, incremental_state: Any, buffer: LayerState) -> Any:
-        return self.set_incremental_state(incremental_state, "attn_state", buffer)
 
 
 def _sinusoids(context: Tensor) -> Tensor:
