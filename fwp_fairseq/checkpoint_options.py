@@ -10,18 +10,13 @@ from contextvars import ContextVar
 from dataclasses import fields
 from typing import Any, Optional
 
+from fwp_fairseq.models.fwp_transformer import PLACE_FIELDS
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 from fwp_fairseq.modules.fast_weight_layers import (
     CROSS_ATTENTION,
     DECODER_SELF_ATTENTION,
     ENCODER_SELF_ATTENTION,
 )
-
-_PLACE_DEFAULTS = {
-    ENCODER_SELF_ATTENTION: "softmax",
-    DECODER_SELF_ATTENTION: "fast-weight",
-    CROSS_ATTENTION: "softmax",
-}
 
 # The options of the model that is about to take a checkpoint; None: those that the checkpoint has.
 _wanted: ContextVar[Optional[Any]] = ContextVar("wanted", default=None)
@@ -56,7 +51,7 @@ def fast_weight_flags(options: Mapping[str, Any]) -> dict[str, str]:
     """
     ours = _architecture(options).startswith("fwp_transformer")
     causal_only = _architecture(options).startswith("fwp_transformer_lm")
-    kinds = {place: str(options.get(place, default)) for place, default in _PLACE_DEFAULTS.items()}
+    kinds = {place: str(options.get(place, field.default)) for place, field in PLACE_FIELDS.items()}
     kinds = {
         place: kind if ours and (place == DECODER_SELF_ATTENTION or not causal_only) else "softmax"
         for place, kind in kinds.items()

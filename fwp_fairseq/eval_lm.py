@@ -63,7 +63,7 @@ def evaluate(model: Any, text: TokenStreams, device: Any = "cpu") -> Evaluation:
         with model.decoder.carry(state) as left:
             features, _ = model.decoder(sample["net_input"]["src_tokens"].to(device), features_only=True)
         state = left
-        total += _negative_log_likelihood(model.decoder, features, sample["target"].to(device), text.pad)
+        total += negative_log_likelihood(model.decoder, features, sample["target"].to(device), text.pad)
         tokens += sample["ntokens"]
     carried = [x for layer in state or [] for x in layer.values()]
     return Evaluation(
@@ -75,10 +75,10 @@ def evaluate(model: Any, text: TokenStreams, device: Any = "cpu") -> Evaluation:
     )
 
 
-def _negative_log_likelihood(decoder: Any, features: Tensor, target: Tensor, pad: int) -> float:
-    """Sum of -log p of the targets that are not padding, in nats."""
+def negative_log_likelihood(decoder: Any, features: Tensor, target: Tensor, pad: int) -> float:
+    """Sum of -log p of the targets that are not padding, in nats: features (..., D) of a decoder, target (...)."""
     total = 0.0
-    for x, words in zip(features.flatten(0, 1).split(_WORDS_AT_ONCE), target.flatten().split(_WORDS_AT_ONCE)):
+    for x, words in zip(features.flatten(0, -2).split(_WORDS_AT_ONCE), target.flatten().split(_WORDS_AT_ONCE)):
         if decoder.adaptive_softmax is None:
             scores, targets = [decoder.output_layer(x)], [words]
         else:

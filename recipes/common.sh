@@ -11,6 +11,9 @@ export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 # Numbers and patterns mean the same everywhere; Python reads and writes UTF-8 all the same.
 export LC_ALL=C PYTHONUTF8=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
+# No other script that runs has this name.
+unique=$HOSTNAME.$$
+
 say() { printf '== %s\n' "$*"; }
 
 fail() {
@@ -165,8 +168,9 @@ step() {
     mkdir -p -- "$(dirname -- "$marker")"
     rm -f -- "$marker"
     "$@"
-    printf '%s\n' "$settings" >"$marker.new"
-    mv -- "$marker.new" "$marker"
+    # By a name of its own: several machines on one disk may do this at the same time.
+    printf '%s\n' "$settings" >"$marker.$unique"
+    mv -- "$marker.$unique" "$marker"
 }
 
 # fingerprint FILE...: a short digest of the contents, in the order given.

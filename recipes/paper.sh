@@ -104,8 +104,8 @@ keep_model() {
         fail "$output/$folder was trained with other settings: give this one another name with --model."
     fi
     mkdir -p -- "$folder"
-    printf '%s\n' "$settings" >"$folder/settings.$$"
-    mv -- "$folder/settings.$$" "$folder/settings"
+    printf '%s\n' "$settings" >"$folder/settings.$unique"
+    mv -- "$folder/settings.$unique" "$folder/settings"
 }
 
 # Set chosen=() to the folders of the models that were named, or of all that are trained.

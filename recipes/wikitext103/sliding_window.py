@@ -27,7 +27,6 @@ import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.data import data_utils
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def read_tokens(data: Path, part: str, dictionary: Any) -> Tensor:
@@ -36,16 +35,6 @@ def read_tokens(data: Path, part: str, dictionary: Any) -> Tensor:
     if lines is None:
         sys.exit(f"sliding_window.py: there is no part '{part}' in {data}.")
     return torch.from_numpy(np.concatenate([np.asarray(lines[i]) for i in range(len(lines))])).long()
-
-
-def negative_log_likelihood(decoder: Any, features: Tensor, targets: Tensor) -> float:
-    """Sum of -log p of the targets, in nats. Shapes: (N, D), (N,)."""
-    if decoder.adaptive_softmax is None:
-        return float(F.cross_entropy(decoder.output_layer(features).float(), targets, reduction="none").double().sum())
-    # Of each cluster of rare words only the rows whose target is in it.
-    scores, words = decoder.adaptive_softmax(features[None], targets)
-    losses = [F.cross_entropy(s.float(), w, reduction="none") for s, w in zip(scores, words) if w is not None]
-    return sum(float(loss.double().sum()) for loss in losses)
 
 
 def state_size(decoder: Any, window: int) -> int:
@@ -64,10 +53,14 @@ def state_size(decoder: Any, window: int) -> int:
 @torch.no_grad()
 def evaluate(decoder: Any, tokens: Tensor, start: int, window: int, batch: int, device: Any = "cpu") -> float:
     """Sum of -log p of all tokens, in nats; ``start`` is the token that stands before the first one."""
+    # Once fairseq has the plugin: a program that imports it before must import the models.
+    from fwp_fairseq.eval_lm import negative_log_likelihood
+
+    pad = decoder.dictionary.pad()
     inputs = torch.cat([tokens.new_tensor([start]), tokens[:-1]])
     window = min(window, len(tokens))
     first, _ = decoder(inputs[None, :window].to(device), features_only=True)
-    total = negative_log_likelihood(decoder, first[0], tokens[:window].to(device))
+    total = negative_log_likelihood(decoder, first[0], tokens[:window].to(device), pad)
     # A view: window i is tokens i to i + window, and its last target is token i + window - 1.
     windows = inputs.unfold(0, window, 1)
     began = said = time.perf_counter()
@@ -75,7 +68,7 @@ def evaluate(decoder: Any, tokens: Tensor, start: int, window: int, batch: int, 
         chunk = windows[i : i + batch]
         features, _ = decoder(chunk.to(device), features_only=True)
         targets = tokens[i + window - 1 : i + window - 1 + len(chunk)]
-        total += negative_log_likelihood(decoder, features[:, -1], targets.to(device))
+        total += negative_log_likelihood(decoder, features[:, -1], targets.to(device), pad)
         now = time.perf_counter()
         if now - said > 30:
             said = now

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from reporting import table, write
+from reporting import epochs_of, read_training, table, write
 
 PARTS = ("valid", "test")
 
@@ -74,13 +74,11 @@ def read_streaming(text: str) -> dict[str, Any]:
 
 def read_result(model: Path, data: Path) -> dict[str, Any]:
     """What evaluate.sh and the training have left in the folder of a model."""
-    row, size, vocabulary, _, segment, *_ = (model / "settings").read_text(encoding="utf-8").splitlines()
+    _, _, vocabulary, _, segment, *_ = (model / "settings").read_text(encoding="utf-8").splitlines()
     log = (model / "train.log").read_text(encoding="utf-8")
     words = json.loads((data / "words.json").read_text(encoding="utf-8"))
-    result: dict[str, Any] = {"row": row, "size": size, "vocabulary": vocabulary, "segment": int(segment)}
-    result["epochs"] = max((int(epoch) for epoch in re.findall(r"\| valid \| epoch (\d+) \|", log)), default=0)
+    result = {**read_training(model), "vocabulary": vocabulary, "segment": int(segment)}
     result["updates"] = max((int(update) for update in re.findall(r"\| num_updates (\d+)", log)), default=0)
-    result["finished"] = (model / ".trained").exists()
     parameters = re.findall(r"num\. shared model params: ([\d,]+)", log)
     result["parameters"] = int(parameters[-1].replace(",", "")) if parameters else None
     speeds = re.findall(r"\| train \|.* wps ([\d.]+)", log)
@@ -130,8 +128,7 @@ def write_tables(output: Path) -> None:
                 row = [*key, *published, name]
                 if result:
                     # Perplexity per word, the paper's, whatever the vocabulary is.
-                    row += [f"{result['epochs']}{'' if result['finished'] else ', unfinished'}"]
-                    row += [f"{result[column]}" for column in ("parameters", "state")]
+                    row += [epochs_of(result), *(f"{result[column]}" for column in ("parameters", "state"))]
                     row += [f"{result[part]['perplexity_per_word']:.2f}" for part in PARTS]
                 rows.append(row + [""] * (len(header) - len(row)))
         writer.writerows([title, *row] for row in rows)

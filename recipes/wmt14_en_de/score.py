@@ -24,7 +24,7 @@ from sacremoses import MosesDetokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from parallel import lines
-from reporting import write
+from reporting import read_training, write
 
 TITLES = {"valid": "newstest2013", "test": "newstest2014"}
 
@@ -75,11 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=Path, required=True, metavar="DIR", help="tokenised valid.de and test.de")
     options = parser.parse_args(arguments)
     parts = {part: score(options.model, part, options.references, options.tokens) for part in TITLES}
-    row, size, *_ = (options.model / "settings").read_text(encoding="utf-8").splitlines()
-    log = (options.model / "train.log").read_text(encoding="utf-8")
-    epochs = max((int(epoch) for epoch in re.findall(r"\| valid \| epoch (\d+) \|", log)), default=0)
-    finished = (options.model / ".trained").exists()
-    result = {"row": row, "size": size, "epochs": epochs, "finished": finished, **parts}
+    result = {**read_training(options.model), **parts}
     text = ""
     for part, title in TITLES.items():
         text += f"{title}: tokenised BLEU, compounds split = {parts[part]['tokenized_bleu']}\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from reporting import table, write
+from reporting import epochs_of, table, write
 
 # BLEU of newstest2013 and newstest2014 (table 1), and the features of a key.
 PAPER = {
@@ -38,7 +38,7 @@ def main() -> None:
     rows = []
     for row, paper in PAPER.items():
         for name, result in found[row] or [("", {})]:
-            epochs = f"{result['epochs']}{'' if result['finished'] else ', unfinished'}" if result else ""
+            epochs = epochs_of(result) if result else ""
             figures = [f"{result[part][figure]:.1f}" if result else "" for part, figure in FIGURES]
             rows.append([row, *paper, name, epochs, *figures])
     lines = io.StringIO()

@@ -11,7 +11,6 @@ there was a crash, a hang, a huge one, or a damaged checkpoint that was used.
 """
 
 import argparse
-import json
 import os
 import random
 import re
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from campaigns.training import ROOT, fairseq, in_child, make_corpus, run
+from campaigns.training import ROOT, add_records, fairseq, in_child, make_corpus, read_records, run
 
 MODEL = (
     *("--arch", "fwp_transformer", "--encoder-layers", 1, "--decoder-layers", 1, "--encoder-embed-dim", 16),
@@ -117,7 +116,7 @@ def main() -> int:
     if expected["outcome"] != "translated":
         sys.exit(f"translation with the sound files failed: {home / 'sound.log'}")
     log = home / "damage.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    lines = read_records(log)
     for number in range(len(lines), options.cases):
         draw = random.Random(number)
         name, how = draw.choice(FILES), draw.choice(DAMAGES)
@@ -129,8 +128,7 @@ def main() -> int:
             found["outcome"] = "same" if found["text"] == expected["text"] else "other"
         found.pop("text", None)
         lines.append({"number": number, "file": name, "damage": how, **found})
-        with log.open("a") as file:
-            file.write(json.dumps(lines[-1]) + "\n")
+        add_records(log, lines[-1:])
     for kind in sorted({line["file"] for line in lines}):
         counts = Counter(line["outcome"] for line in lines if line["file"] == kind)
         print(f"{kind:<16}", ", ".join(f"{count} {name}" for name, count in counts.most_common()))

@@ -11,7 +11,6 @@ keeps kills.jsonl, a line for each start; a second call goes on from there. Stat
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -24,7 +23,17 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from campaigns.training import ROOT, fairseq, in_child, make_corpus, run, same_bits, status_of
+from campaigns.training import (
+    ROOT,
+    add_records,
+    fairseq,
+    in_child,
+    make_corpus,
+    read_records,
+    run,
+    same_bits,
+    status_of,
+)
 
 UPDATES = 120
 
@@ -141,7 +150,7 @@ def main() -> int:
     home = options.folder.resolve()
     data = make_corpus(home / "corpus")
     log = home / "kills.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    lines = read_records(log)
 
     reference, begin = home / "unkilled", time.monotonic()
     shutil.rmtree(reference, ignore_errors=True)
@@ -157,8 +166,7 @@ def main() -> int:
         starts = train_with_kills(unprotected(work) if options.unprotected else work, folder, draw, full, kills=5)
         last = folder / "checkpoint_last.pt"
         starts[-1]["same bits"] = starts[-1]["status"] == 0 and same_bits(last, reference / "checkpoint_last.pt")
-        with log.open("a") as file:
-            file.writelines(json.dumps(start) + "\n" for start in starts)
+        add_records(log, starts)
         lines += starts
         if starts[-1]["same bits"]:
             shutil.rmtree(folder)

@@ -11,7 +11,6 @@ for each combination; a second call does those that are missing.
 """
 
 import argparse
-import json
 import math
 import re
 import shutil
@@ -20,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from campaigns.training import ROOT, fairseq, load, make_corpus, run
+from campaigns.training import ROOT, add_records, fairseq, load, make_corpus, read_records, run
 
 from fwp_fairseq.modules.key_features import FEATURE_MAPS
 from fwp_fairseq.ops import UPDATE_RULES
@@ -93,7 +92,7 @@ def main() -> int:
     home = options.folder.resolve()
     data = make_corpus(home / "corpus")
     log = home / "learning_rates.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    lines = read_records(log)
     done = {tuple(line["combination"]) for line in lines}
     wanted = list(COMBINATIONS)
     if options.also_unbounded:
@@ -107,8 +106,7 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         lines.append(train(data, folder, combination, options.updates, options.lr))
-        with log.open("a") as file:
-            file.write(json.dumps(lines[-1]) + "\n")
+        add_records(log, lines[-1:])
         if not is_fault(lines[-1]):
             shutil.rmtree(folder)
     ended = [line for line in lines if line["status"] == 0]

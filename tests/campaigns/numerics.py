@@ -1,6 +1,6 @@
 """Random cases of operators and attention: finite in gives finite out, at a bounded distance from the definition.
 
-    PYTHONPATH=. python tests/campaigns/numerics.py --cases 10000 --log numerics.jsonl
+    PYTHONPATH=.:tests python tests/campaigns/numerics.py --cases 10000 --log numerics.jsonl
 
 runs the cases 0 to 9999, each drawn from its number alone, adds a line for each to the log, and sums the log up. Cases
 that the log has already are not run again. Status 1 if a case failed.
@@ -24,7 +24,6 @@ float32 holds.
 """
 
 import argparse
-import json
 import random
 import sys
 from collections import defaultdict
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from campaigns.training import add_records, read_records
 from torch import Tensor
 
 from fwp_fairseq.modules import FastWeightAttention, FastWeightConfig
@@ -406,20 +406,13 @@ def main(run: Callable[[Case], dict[str, Any]] = run_case) -> int:
     parser.add_argument("--log", type=Path, required=True, metavar="FILE", help="a line for each case that was run")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    lines = []
-    if options.log.exists():
-        # A line that a kill cut short is run again.
-        whole = options.log.read_text().rpartition("\n")[0]
-        options.log.write_text(whole + "\n" if whole else "")
-        lines = [json.loads(line) for line in whole.splitlines()]
+    lines = read_records(options.log)
     done = {line["number"] for line in lines}
-    with options.log.open("a") as log:
-        for number in range(options.cases):
-            if number not in done:
-                case = draw_case(random.Random(number))
-                lines.append({"number": number, "case": asdict(case), **run(case)})
-                log.write(json.dumps(lines[-1]) + "\n")
-                log.flush()
+    for number in range(options.cases):
+        if number not in done:
+            case = draw_case(random.Random(number))
+            lines.append({"number": number, "case": asdict(case), **run(case)})
+            add_records(options.log, lines[-1:])
     print("\n".join(summarise(lines)))
     return any(line["wrong"] for line in lines)
 

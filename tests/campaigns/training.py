@@ -5,6 +5,7 @@ that calls the command's main function, with its messages in a file.
 """
 
 import contextlib
+import json
 import os
 import random
 import sys
@@ -86,6 +87,20 @@ def make_corpus(folder: Path, train: int = 400, other: int = 40) -> Path:
     if status:
         sys.exit(f"fairseq-preprocess failed: {folder / 'preprocess.log'}")
     return data
+
+
+def read_records(log: Path) -> list[dict[str, Any]]:
+    """What a campaign has found so far. A last line that a kill cut short is taken away: its case is run again."""
+    if not log.exists():
+        return []
+    whole = log.read_text().rpartition("\n")[0]
+    log.write_text(whole + "\n" if whole else "")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def add_records(log: Path, records: list[dict[str, Any]]) -> None:
+    with log.open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def load(path: Path) -> dict[str, Any]:
