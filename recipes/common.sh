@@ -250,13 +250,6 @@ log_training() {
     local folder=$1
     shift
     mkdir -p -- "$folder"
-    # fairseq writes a checkpoint whole or not at all, but copies the best one to be the last one, too: killed at that
-    # it would find half a file, and stop.
-    local last=$folder/checkpoint_last.pt best=$folder/checkpoint_best.pt
-    if ((!${node_rank:-0})) && [[ -e $best ]] && ! "$python" -m zipfile --test "$last" &>/dev/null; then
-        cp -- "$best" "$last.new"
-        mv -- "$last.new" "$last"
-    fi
     "$@" 2>&1 | tee -a -- "$folder/train.log" |
         awk '/\| (train|valid|train_inner) \|/ { sub(/^.*INFO \| /, ""); print } /WARNING/ { print } { fflush() }' || {
         # Of several processes the last lines say only that one has failed.
