@@ -156,11 +156,12 @@ enter_output() {
 # --- Steps -----------------------------------------------------------------------------------------------------------
 
 # step MARKER ARTEFACT SETTINGS TITLE COMMAND...: run the command, unless it was done with these settings (the marker
-# file says so) and the artefact is still there. The marker is written last: an interrupted step is done again.
+# file says so) and the artefact, a file or a folder, is still what it made. The marker is written last: an interrupted
+# step is done again.
 step() {
     local marker=$1 artefact=$2 settings=$3 title=$4
     shift 4
-    if [[ -e $artefact && -f $marker && $(<"$marker") == "$settings" ]]; then
+    if [[ -e $artefact && -f $marker && $(<"$marker") == "$settings"$'\n'"$(state_of "$artefact")" ]]; then
         say "$title: done before"
         return
     fi
@@ -169,8 +170,24 @@ step() {
     rm -f -- "$marker"
     "$@"
     # By a name of its own: several machines on one disk may do this at the same time.
-    printf '%s\n' "$settings" >"$marker.$unique"
+    printf '%s\n' "$settings" "$(state_of "$artefact")" >"$marker.$unique"
     mv -- "$marker.$unique" "$marker"
+}
+
+# state_of FILE|FOLDER: a short text that changes when a file is cut short or damaged; of large files only the size
+# counts, so that it takes no time.
+state_of() {
+    "$python" - "$1" <<'END'
+import sys, zlib
+from pathlib import Path
+named = Path(sys.argv[1])
+state = []
+for path in sorted(named.rglob("*")) if named.is_dir() else [named]:
+    if path.is_file():
+        size = path.stat().st_size
+        state.append((str(path.relative_to(named)), size, zlib.crc32(path.read_bytes()) if size < 2**26 else None))
+print(f"{zlib.crc32(repr(state).encode()):08x}")
+END
 }
 
 # fingerprint FILE...: a short digest of the contents, in the order given.

@@ -401,6 +401,36 @@ def test_decoders_prepared_for_inference_give_the_same_scores(build):
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.filterwarnings("ignore")  # about torch's own compiler, and what fairseq does that it cannot trace
+@pytest.mark.parametrize(
+    ("build", "rule"),
+    [(build_translation, "delta"), *((build_lm, rule) for rule in ("sum", "delta", "gated", "gated-delta", "fwm"))],
+)
+def test_a_compiled_model_trains_with_the_same_losses(build, rule):
+    flags = ["--update-rule", rule, "--feature-map", "dpfp", "--dropout", "0"]
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(3)
+        model = build(*flags, *(ALL if build is build_translation else [])).train()
+        batch = translation_batch(model) if build is build_translation else {"src_tokens": tokens(model, 3, 9)}
+        torch._dynamo.reset()
+        # This compiler traces as all others do, and needs no C++ compiler of its own.
+        forward = torch.compile(model, backend="aot_eager") if compiled else model
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        curve = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            logits = forward(**batch)[0].float()
+            words = batch.get("prev_output_tokens", batch["src_tokens"])
+            loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), words)
+            loss.backward()
+            optimizer.step()
+            curve.append(float(loss))
+        losses.append(curve)
+    assert losses[0][-1] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_a_prompt_of_20_000_tokens_needs_no_mask_that_is_the_square_of_its_length():
     model = build_lm("--no-token-positional-embeddings").eval()
     assert model.decoder.buffered_future_mask(torch.zeros(20_000, 1, 8)) is None

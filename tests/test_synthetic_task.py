@@ -243,6 +243,18 @@ def test_favor_draws_for_every_batch_in_training_and_stays_in_evaluation() -> No
     assert torch.equal(model(**batch), model(**batch))
 
 
+def test_favor_draws_for_every_evaluation_sequence_where_that_is_asked_for() -> None:
+    config = AssociativeMemoryConfig(feature_map="favor", favor_features=4, favor_redraw_in_evaluation=True)
+    model = AssociativeMemory(config, 6).eval()
+    # The same sequence twice.
+    batch = {name: tensor[:1].repeat(2, 1) for name, tensor in sample(True, 6)["net_input"].items()}
+    torch.manual_seed(1)
+    both = model(**batch)
+    assert not torch.equal(both[0], both[1])
+    torch.manual_seed(1)
+    assert torch.equal(model(**{name: tensor[:1] for name, tensor in batch.items()}), both[:1])
+
+
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e3])
 @pytest.mark.parametrize(("attention", "rule", "feature_map"), MODELS)
 def test_keys_of_any_size_give_neither_nan_nor_infinite_gradients(
@@ -266,6 +278,7 @@ def test_keys_of_any_size_give_neither_nan_nor_infinite_gradients(
     [
         ({"feature_map": "tanh"}, ["--feature-map tanh", "--update-rule delta", "elu, favor and dpfp"]),
         ({"dpfp_nu": 128}, ["--dpfp-nu is 128", "127"]),
+        ({"favor_redraw_in_evaluation": True}, ["--favor-redraw-in-evaluation", "dpfp"]),
         ({"feature_map": "favor", "favor_features": 0}, ["--favor-features is 0", "at least 1"]),
         ({"key_size": 0}, ["--key-size is 0", "at least 1"]),
         ({"update_rule": "gated"}, ["--update-rule is gated", "sum, delta, fwm"]),

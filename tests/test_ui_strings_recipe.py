@@ -126,6 +126,20 @@ def test_translate_gives_a_line_for_each_argument_or_line(
     assert given.stdout.splitlines()[1] == ""
 
 
+def test_translate_with_a_damaged_vocabulary_says_so(
+    first: subprocess.CompletedProcess[str], home: Path, tmp_path: Path
+) -> None:
+    vocabulary = home / "out" / (home / "out" / "latest").read_text().strip() / "spm.model"
+    sound = vocabulary.read_bytes()
+    vocabulary.write_bytes(sound[: len(sound) // 2])
+    try:
+        done = script("translate.sh", "--output", str(home / "out"), "--", "Save the file")
+    finally:
+        vocabulary.write_bytes(sound)
+    assert done.returncode != 0 and not done.stdout
+    assert "spm.model" in done.stderr
+
+
 def test_translate_without_a_trained_model_says_so(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
         done = script("translate.sh", "--output", str(folder), "Save")

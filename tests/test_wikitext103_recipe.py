@@ -38,17 +38,22 @@ def article(draw: random.Random) -> str:
     return " \n = Title = \n \n" + "".join(f" {sentence} . \n" for sentence in sentences)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the archive, in a path with spaces and quotes."""
-    home = tmp_path_factory.mktemp("wikitext") / AWKWARD
-    (home / "archives").mkdir(parents=True)
+def make_archive(folder: Path) -> None:
+    """WikiText-103's archive, but small, and with a file that nobody asked for."""
+    folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(1)
-    with zipfile.ZipFile(home / "archives" / "wikitext-103-v1.zip", "w") as archive:
+    with zipfile.ZipFile(folder / "wikitext-103-v1.zip", "w") as archive:
         archive.writestr("../outside", "no")
         for part, articles in (("train", 30), ("valid", 2), ("test", 3)):
             text = "".join(article(draw) for _ in range(articles))
             archive.writestr(f"wikitext-103/wiki.{part}.tokens", text)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the archive, in a path with spaces and quotes."""
+    home = tmp_path_factory.mktemp("wikitext") / AWKWARD
+    make_archive(home / "archives")
     return home
 
 

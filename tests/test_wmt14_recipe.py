@@ -146,6 +146,16 @@ def test_what_is_prepared_is_not_prepared_again(prepared: Path, options: list[ob
     assert {path for path in after if path.is_file() and after[path] != before.get(path)} == set()
 
 
+def test_what_is_not_as_it_was_made_is_made_again(prepared: Path, options: list[object]) -> None:
+    paths = [prepared / name for name in ("codes", "tokens/test.de", "data-bin/train.en-de.en.bin")]
+    sound = [path.read_bytes() for path in paths]
+    for path, data in zip(paths, sound):
+        path.write_bytes(data[: len(data) // 2])
+    again = succeed(RECIPE / "prepare.sh", *options)
+    assert again.count("done before") == 15 - 3
+    assert [path.read_bytes() for path in paths] == sound
+
+
 def test_any_number_of_processes_gives_the_same_text(prepared: Path, tmp_path: Path) -> None:
     inputs = [prepared / "raw" / f"{name}.de" for name in ("training/europarl-v7.de-en", "commoncrawl.de-en")]
     inputs.append(prepared / "raw" / "training" / "news-commentary-v12.de-en.de")

@@ -53,6 +53,13 @@ class AssociativeMemoryConfig(FairseqDataclass):
     )
     dpfp_nu: int = field(default=1, metadata={"help": "nu of DPFP: a memory has 2 * nu * key size rows"})
     favor_features: int = field(default=64, metadata={"help": "m of FAVOR+: a memory has 2 * m rows"})
+    favor_redraw_in_evaluation: bool = field(
+        default=False,
+        metadata={
+            "help": "draw the projection of FAVOR+ anew for each evaluation sequence, as in the authors' program; "
+            "without, one serves all evaluations, as in the paper"
+        },
+    )
     key_size: int = field(default=64, metadata={"help": "d_key: size of keys and queries before the feature map"})
     embedding_size: Optional[int] = field(
         default=None, metadata={"help": "size of the embedding of key symbols (default: 2.2 S)"}
@@ -86,6 +93,7 @@ class AssociativeMemory(BaseFairseqModel):
             self.features = KeyFeatures(
                 str(cfg.feature_map), normalization, cfg.key_size, nu=cfg.dpfp_nu, m=cfg.favor_features
             )
+        self.redraw_in_evaluation = cfg.favor_redraw_in_evaluation
         self.register_buffer("value_identity", torch.eye(num_keys), persistent=False)
         for projection in (self.key, self.query):
             if softmax:
@@ -99,7 +107,16 @@ class AssociativeMemory(BaseFairseqModel):
     def build_model(cls, cfg: AssociativeMemoryConfig, task: Any) -> "AssociativeMemory":
         return cls(cfg, task.num_keys)
 
+    def train(self, mode: bool = True) -> "AssociativeMemory":
+        super().train(mode)
+        if self.features is not None and self.redraw_in_evaluation:
+            self.features.train()
+        return self
+
     def forward(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
+        if self.redraw_in_evaluation and not self.training and len(keys) > 1:
+            sequences = zip(keys.split(1), values.split(1), queries.split(1))
+            return torch.cat([self(*sequence) for sequence in sequences])
         k = self._project(self.key, keys, values)
         q = F.embedding(queries, self.query(self.embedding.weight))
         if self.features is None:
@@ -153,6 +170,8 @@ def _check(cfg: AssociativeMemoryConfig, embedding_size: int) -> None:
     if rule not in KEY_NORMALIZATION:
         raise ValueError(f"--update-rule is {rule}, allowed are {', '.join(KEY_NORMALIZATION)} in associative_memory")
     check_feature_options(feature_map, cfg.dpfp_nu, cfg.favor_features, cfg.key_size, "key size")
+    if cfg.favor_redraw_in_evaluation and feature_map != "favor":
+        raise ValueError(f"--favor-redraw-in-evaluation is for --feature-map favor, and that is {feature_map}")
     if feature_map == "tanh" and rule != "fwm":
         raise ValueError(
             f"--feature-map tanh has negative features: with --update-rule {rule}, which divides by sums, "

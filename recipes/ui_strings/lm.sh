@@ -77,7 +77,7 @@ make_binary() {
 # The text goes with the version of Python.
 data="$("$python" --version) $(fingerprint "$recipe/python_text.py") pieces $vocab_size"
 step steps/lm-text lm/spm.model "$data" "text of Python's help()" make_text
-step steps/lm-data-bin lm/data-bin/dict.txt "$data" "fairseq-preprocess" make_binary
+step steps/lm-data-bin lm/data-bin "$data" "fairseq-preprocess" make_binary
 
 # --- Training and perplexity -----------------------------------------------------------------------------------------
 

@@ -122,11 +122,11 @@ if [[ -n $wheels ]]; then
     compgen -G "$wheels/*.whl" >/dev/null || fail "--wheels $wheels holds no .whl file."
     sources=("$wheels"/*.whl)
 fi
-step steps/corpus corpus/corpus.json \
+step steps/corpus corpus \
     "$(fingerprint "$recipe/collect.py" "${sources[@]}") valid $valid_size test $test_size" "collecting strings" collect
 corpus=$(fingerprint corpus/corpus.json)
-step steps/text text/spm.model "$corpus pieces $vocab_size" "sentencepiece vocabulary" make_text
-step steps/data-bin data-bin/dict.en.txt "$corpus pieces $vocab_size" "fairseq-preprocess" make_binary
+step steps/text text "$corpus pieces $vocab_size" "sentencepiece vocabulary" make_text
+step steps/data-bin data-bin "$corpus pieces $vocab_size" "fairseq-preprocess" make_binary
 ((!data_only)) || exit 0
 
 # --- Training and score ----------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ if [[ $vocabulary != words ]]; then
     digest+=" $(fingerprint "$recipe/text.py" "$recipe"/../{bpe,parallel}.py)"
     mkdir -p pieces
     step "steps/learn-$vocabulary" "pieces/$vocabulary.model" "$digest" "vocabulary of pieces" learn_pieces
-    step "steps/pieces-$vocabulary" "pieces/$vocabulary/test" "$digest" "splitting words into pieces" make_pieces
+    step "steps/pieces-$vocabulary" "pieces/$vocabulary" "$digest" "splitting words into pieces" make_pieces
 fi
-step "steps/data-bin-$vocabulary" "$data_bin/dict.txt" "$digest" "fairseq-preprocess" make_binary
+step "steps/data-bin-$vocabulary" "$data_bin" "$digest" "fairseq-preprocess" make_binary
 say "data: $output/$data_bin"

@@ -71,8 +71,8 @@ make_binary() {
 # The text goes with the version of Python.
 data="$("$python" --version) $(fingerprint "$recipe"/{python_docs,text}.py "$recipe/../ui_strings/python_text.py")"
 data+=" pieces $pieces"
-step steps/text text/test.pieces "$data" "documentation of Python" make_text
-step "steps/data-bin-$vocabulary" "$data_bin/dict.txt" "$data" "fairseq-preprocess" make_binary
+step steps/text text "$data" "documentation of Python" make_text
+step "steps/data-bin-$vocabulary" "$data_bin" "$data" "fairseq-preprocess" make_binary
 
 # --- Training and evaluation -----------------------------------------------------------------------------------------
 

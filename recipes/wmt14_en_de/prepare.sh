@@ -104,5 +104,5 @@ done
 step steps/pieces-tests pieces/test.de "$text" "splitting newstest2013 and newstest2014 into pieces" apply_bpe_to_tests
 step steps/clean clean/train.de "$text" "leaving out pairs that are empty, too long or out of proportion" \
     corpus clean pieces/train.en pieces/train.de clean/train.en clean/train.de
-step steps/data-bin data-bin/dict.en.txt "$text" "fairseq-preprocess" make_binary
+step steps/data-bin data-bin "$text" "fairseq-preprocess" make_binary
 say "data: $output/data-bin"

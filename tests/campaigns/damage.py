@@ -59,7 +59,7 @@ def translate(folder: Path, log: Path, seconds: float = 60) -> dict[str, Any]:
 
     def work() -> None:
         before = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (_virtual_memory() + MEMORY, before[1]))
+        resource.setrlimit(resource.RLIMIT_AS, (virtual_memory() + MEMORY, before[1]))
         fairseq(
             *("generate", folder, "--user-dir", ROOT / "fwp_fairseq", "--cpu", "--path", folder / "checkpoint.pt"),
             *("--beam", 1, "--max-len-b", 10, "--required-batch-size-multiple", 1, "--num-workers", 0),
@@ -84,7 +84,7 @@ def translate(folder: Path, log: Path, seconds: float = 60) -> dict[str, Any]:
     return {"outcome": outcome, "message": last[:300], "text": re.findall(r"^[SH]-.*$", messages, re.M)}
 
 
-def _virtual_memory() -> int:
+def virtual_memory() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 

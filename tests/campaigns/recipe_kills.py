@@ -1,69 +1,122 @@
 """A recipe that is killed in any of its steps and started again makes the same files as one that is not.
 
-    PYTHONPATH=.:tests python tests/campaigns/recipe_kills.py --kills 12 --folder FOLDER
+    PYTHONPATH=.:tests python tests/campaigns/recipe_kills.py --recipe ui_strings --kills 12 --folder FOLDER
 
-runs recipes/ui_strings/run.sh on a miniature archive of wheels, in a path with spaces and quotes: once to its end, and
-then anew with all its processes killed (SIGKILL) at random moments, again and again until it comes to its end. Corpus,
-subwords, binarised data, translations and scores must be the same bytes. A line for each kill; status 1 if they differ.
+runs the scripts of a recipe on a miniature of its archives, in a path with spaces and quotes: once to their end, and
+then anew with all their processes killed (SIGKILL) at random moments, again and again until they come to their end.
+What is made of the archives, translations, scores and tables must be the same bytes. A line for each kill; status 1 if
+they differ.
 """
 
 import argparse
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from test_ui_strings_collect import DE, RECIPE, catalogue, make_wheel, phrases
-from test_ui_strings_recipe import AWKWARD, SMALL, environment
+import test_ui_strings_recipe
+import test_wikitext103_recipe
+import test_wmt14_recipe
+from recipe_scripts import AWKWARD, RECIPES, environment
+from test_ui_strings_collect import DE, catalogue, make_wheel, phrases
 
-COMPARED = ("corpus", "text", "data-bin")
+
+@dataclass
+class Recipe:
+    """The scripts of a recipe with their options, and what they make that holds no times.
+
+    ARCHIVES in the options stands for the folder of the archives.
+    """
+
+    make_archives: Callable[[Path], object]
+    scripts: list[list[str]]
+    compared: tuple[str, ...]
 
 
-def start(home: Path, output: Path) -> "subprocess.Popen[bytes]":
-    command = ["bash", str(RECIPE / "run.sh"), "--output", str(output), "--wheels", str(home / "wheels"), *SMALL]
+WMT14, WIKITEXT = test_wmt14_recipe.TINY, [*test_wikitext103_recipe.TINY, *test_wikitext103_recipe.CUTOFFS]
+TEXT = ("raw/**/*", "references/*", "tokens/*", "codes", "pieces/**/*", "clean/*", "data-bin/**/*")
+RECIPES_UNDER_FIRE = {
+    "ui_strings": Recipe(
+        lambda folder: make_wheel(folder, "app", {DE + ".po": catalogue(phrases(12, 12))}),
+        [["run.sh", "--wheels", "ARCHIVES", *test_ui_strings_recipe.SMALL]],
+        ("corpus/*", "text/*", "data-bin/*", "models/*/test.out", "models/*/result.json"),
+    ),
+    "wmt14_en_de": Recipe(
+        test_wmt14_recipe.make_archives,
+        [
+            ["prepare.sh", "--from", "ARCHIVES", "--merges", "60", "--jobs", "2"],
+            ["train.sh", "dpfp-2", "--size", "base", "--cpu", "--", *WMT14],
+            ["evaluate.sh", "--cpu"],
+            ["table1.sh"],
+        ],
+        (*TEXT, "models/*/*.out", "models/*/result.*", "table1.*"),
+    ),
+    "wikitext103": Recipe(
+        test_wikitext103_recipe.make_archive,
+        [
+            ["prepare.sh", "--from", "ARCHIVES", "--jobs", "1"],
+            ["prepare.sh", "--from", "ARCHIVES", "--jobs", "1", "--sentencepiece", "30"],
+            ["train.sh", "delta-elu", "--cpu", "--", *WIKITEXT],
+            ["evaluate.sh", "--cpu", "--window", "16"],
+            ["tables.sh"],
+        ],
+        (*TEXT, "models/*/result.json", "tables.*"),
+    ),
+}
+
+
+def start(name: str, home: Path, output: Path) -> "subprocess.Popen[bytes]":
+    commands = []
+    for script, *options in RECIPES_UNDER_FIRE[name].scripts:
+        given = [str(home / "archives") if option == "ARCHIVES" else option for option in options]
+        commands.append(shlex.join(["bash", str(RECIPES / name / script), "--output", str(output), *given]))
     with output.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment(), start_new_session=True)
+        return subprocess.Popen(
+            ["bash", "-c", " && ".join(commands)], stdout=log, stderr=log, env=environment(), start_new_session=True
+        )
 
 
-def made(output: Path) -> dict[str, bytes]:
-    """What a run has made, but for messages and checkpoints, which hold times."""
-    found = {
-        str(path.relative_to(output)): path.read_bytes()
-        for part in COMPARED
-        for path in (output / part).rglob("*")
-        if path.is_file() and not path.name.endswith(".log")
-    }
-    for path in (output / "models").rglob("*"):
-        if path.name in ("test.out", "result.json"):
-            lines = path.read_bytes().splitlines()
-            found[path.name] = b"\n".join(line for line in lines if b"train_minutes" not in line)
+def made(name: str, output: Path) -> dict[str, bytes]:
+    """What a run has made, but for messages, times and speeds."""
+    found = {}
+    for pattern in RECIPES_UNDER_FIRE[name].compared:
+        for path in output.glob(pattern):
+            if path.is_file() and path.suffix != ".log":
+                lines = path.read_bytes().splitlines(keepends=path.suffix != ".json")
+                kept = [line for line in lines if b"_minutes" not in line and b"per_second" not in line]
+                found[str(path.relative_to(output))] = b"".join(kept)
     return found
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Kill the recipe of the quick start again and again.")
+    parser = argparse.ArgumentParser(description="Kill a recipe again and again.")
+    parser.add_argument("--recipe", choices=RECIPES_UNDER_FIRE, required=True)
     parser.add_argument("--kills", type=int, default=12, metavar="N")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     home = options.folder.resolve() / AWKWARD
     shutil.rmtree(home, ignore_errors=True)
-    make_wheel(home / "wheels", "app", {DE + ".po": catalogue(phrases(12, 12))})
+    (home / "archives").mkdir(parents=True)
+    RECIPES_UNDER_FIRE[options.recipe].make_archives(home / "archives")
     begin = time.monotonic()
-    if start(home, home / "whole").wait():
+    if start(options.recipe, home, home / "whole").wait():
         sys.exit(f"the recipe failed: {home / 'whole.log'}")
     full = time.monotonic() - begin
     draw, kills, rounds, differing = random.Random(options.seed), 0, 0, []
-    whole = made(home / "whole")
+    whole = made(options.recipe, home / "whole")
     while kills < options.kills:
         rounds += 1
         output = home / f"killed {rounds}"
         while True:
-            run = start(home, output)
+            run = start(options.recipe, home, output)
             try:
                 # A run that goes on from an earlier one is quick: from the same range fewer and fewer are killed.
                 status = run.wait(draw.uniform(0, full / 2) if kills < options.kills else None)
@@ -77,7 +130,7 @@ def main() -> int:
             print(f"kill {kills} in: {steps[-1] if steps else 'the beginning'}", flush=True)
         if status:
             sys.exit(f"the recipe failed: {output.with_suffix('.log')}")
-        killed = made(output)
+        killed = made(options.recipe, output)
         differing += [name for name in whole.keys() | killed.keys() if whole.get(name) != killed.get(name)]
     print(f"{kills} kills in {rounds} runs, {full:.0f} s at a stretch")
     print(f"{len(whole)} files; differing: {differing or 'none'}")
