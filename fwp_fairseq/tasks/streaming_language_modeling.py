@@ -26,12 +26,11 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import II
 from torch import Tensor
 
+from fwp_fairseq.modules.carried_state import DecoderState
 from fwp_fairseq.tasks.token_streams import StreamsIterator, TokenStreams
 
 # fairseq wants a number for the longest text.
 NO_LIMIT = 10**9
-
-DecoderState = list[dict[str, Tensor]]
 
 
 @dataclass
