@@ -3,9 +3,9 @@
     PYTHONPATH=.:tests python tests/campaigns/recipe_kills.py --recipe ui_strings --kills 12 --folder FOLDER
 
 runs the scripts of a recipe on a miniature of its archives, in a path with spaces and quotes: once to their end, and
-then anew with all their processes killed (SIGKILL) at random moments, again and again until they come to their end.
-What is made of the archives, translations, scores and tables must be the same bytes. A line for each kill; status 1 if
-they differ.
+then anew with all their processes killed (SIGKILL) in one step after the other, some of them left out and some hit
+again, until they come to their end. What is made of the archives, translations, scores and tables must be the same
+bytes. A line for each kill; status 1 if they differ.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,27 @@ def made(name: str, output: Path) -> dict[str, bytes]:
     return found
 
 
+def steps(log: Path, start: int = 0) -> list[str]:
+    """What the recipe says of the steps that it does, from some byte of its messages on."""
+    lines = log.read_bytes()[start:].decode(errors="replace").split("\n")[:-1]
+    return [line for line in lines if line.startswith("== ") and not line.endswith("done before")]
+
+
+def kill_in(step: str, run: "subprocess.Popen[bytes]", log: Path, start: int, delay: float) -> bool:
+    """Kill a run so many seconds after the step has begun, unless it ends before that; whether it was killed."""
+    while step not in steps(log, start):
+        if run.poll() is not None:
+            return False
+        time.sleep(0.01)
+    try:
+        run.wait(delay)
+        return False
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        return True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill a recipe again and again.")
     parser.add_argument("--recipe", choices=RECIPES_UNDER_FIRE, required=True)
@@ -106,33 +128,43 @@ def main() -> int:
     shutil.rmtree(home, ignore_errors=True)
     (home / "archives").mkdir(parents=True)
     RECIPES_UNDER_FIRE[options.recipe].make_archives(home / "archives")
-    begin = time.monotonic()
-    if start(options.recipe, home, home / "whole").wait():
-        sys.exit(f"the recipe failed: {home / 'whole.log'}")
-    full = time.monotonic() - begin
-    draw, kills, rounds, differing = random.Random(options.seed), 0, 0, []
+
+    log = home / "whole.log"
+    run, begun = start(options.recipe, home, home / "whole"), {}
+    while run.poll() is None:
+        for step in steps(log):
+            begun.setdefault(step, time.monotonic())
+        time.sleep(0.01)
+    if run.returncode:
+        sys.exit(f"the recipe failed: {log}")
+    titles = list(begun)
+    seconds = [end - begin for begin, end in zip(begun.values(), [*list(begun.values())[1:], time.monotonic()])]
+
     whole = made(options.recipe, home / "whole")
-    while kills < options.kills:
+    draw, kills, rounds, differing = random.Random(options.seed), Counter[str](), 0, []
+    while kills.total() < options.kills:
         rounds += 1
-        output = home / f"killed {rounds}"
+        output, target = home / f"killed {rounds}", 0
+        log = output.with_suffix(".log")
         while True:
+            before = log.stat().st_size if log.exists() else 0
             run = start(options.recipe, home, output)
-            try:
-                # A run that goes on from an earlier one is quick: from the same range fewer and fewer are killed.
-                status = run.wait(draw.uniform(0, full / 2) if kills < options.kills else None)
-                break
-            except subprocess.TimeoutExpired:
-                os.killpg(run.pid, signal.SIGKILL)
+            if kills.total() < options.kills and target < len(titles):
+                # The start of a step is mostly that of Python.
+                killed = kill_in(titles[target], run, log, before, draw.uniform(0, seconds[target]))
+            else:
                 run.wait()
-            kills += 1
-            lines = output.with_suffix(".log").read_text(errors="replace").splitlines()
-            steps = [line for line in lines if line.startswith("== ") and not line.endswith("done before")]
-            print(f"kill {kills} in: {steps[-1] if steps else 'the beginning'}", flush=True)
-        if status:
-            sys.exit(f"the recipe failed: {output.with_suffix('.log')}")
-        killed = made(options.recipe, output)
-        differing += [name for name in whole.keys() | killed.keys() if whole.get(name) != killed.get(name)]
-    print(f"{kills} kills in {rounds} runs, {full:.0f} s at a stretch")
+                killed = False
+            if not killed:
+                break
+            kills[titles[target]] += 1
+            print(f"kill {kills.total()} in: {titles[target]}", flush=True)
+            target += draw.choice([0, 1, 1, 2])
+        if run.wait():
+            sys.exit(f"the recipe failed: {log}")
+        killed_files = made(options.recipe, output)
+        differing += [n for n in whole.keys() | killed_files.keys() if whole.get(n) != killed_files.get(n)]
+    print(f"{kills.total()} kills in {rounds} runs, in {len(kills)} of {len(titles)} steps")
     print(f"{len(whole)} files; differing: {differing or 'none'}")
     return bool(differing)
 
