@@ -1,15 +1,25 @@
-"""A training that resumes goes on with the batches that it would have had without the interruption.
+"""A training that resumes ends as it would have without the interruption.
 
-fairseq 0.12.3 makes up the batches once, with a random order that depends on the epoch in which it does so, and keeps
-them for all further epochs. A training that resumes in its third epoch therefore has other batches than one that was
-never interrupted; in the rest of that epoch some sentences come again and others not at all.
+It goes on with the batches that it would have had. fairseq 0.12.3 makes up the batches once, with a random order that
+depends on the epoch in which it does so, and keeps them for all further epochs. A training that resumes in its third
+epoch therefore has other batches than one that was never interrupted; in the rest of that epoch some sentences come
+again and others not at all.
+
+And one that had come to its end does not go on. fairseq looks at --max-update and --stop-time-hours after an update
+only: a training that was killed between its last checkpoint and its end, or is started again, made one more.
 """
 
+import logging
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 def make_resuming_exact() -> None:
-    """Make fairseq resume with the batches of a training that began in epoch 1. A second call changes nothing."""
+    """Make fairseq resume with the batches of a training that began in epoch 1, and only what is not at its end.
+
+    A second call changes nothing.
+    """
     from fairseq import checkpoint_utils
     from fairseq.data.iterators import EpochBatchIterator
 
@@ -19,6 +29,10 @@ def make_resuming_exact() -> None:
 
     def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
         extra_state, epoch_itr = fairseq_load(cfg, trainer, **passthrough_args)
+        if reason := _why_it_ended(trainer, extra_state):
+            logger.info(f"the training has come to its end before: {reason}")
+            # No epoch has such a number; 0 stands for no limit.
+            trainer.cfg.optimization.max_epoch = -1
         dataset = trainer.task.dataset(trainer.cfg.dataset.train_subset)
         # Where batches are made up for each epoch or each part of the data, they depend on that alone already.
         kept = trainer.task.dataset_to_epoch_iter.get(dataset) is epoch_itr
@@ -32,3 +46,14 @@ def make_resuming_exact() -> None:
 
     checkpoint_utils.load_checkpoint = load_checkpoint
     checkpoint_utils.fwp_resumes_exactly = True
+
+
+def _why_it_ended(trainer: Any, extra_state: Any) -> str:
+    limits = trainer.cfg.optimization
+    updates = trainer.get_num_updates()
+    if 0 < limits.max_update <= updates:
+        return f"num_updates: {updates} >= max_update: {limits.max_update}"
+    hours = (extra_state or {}).get("previous_training_time", 0) / 3600
+    if 0 < limits.stop_time_hours < hours:
+        return f"{hours:.3f} hours > stop_time_hours: {limits.stop_time_hours}"
+    return ""

@@ -109,6 +109,18 @@ def test_every_command_names_the_flag_in_its_last_line(
         assert f"--update-rule {rule}" in last_line
 
 
+@pytest.mark.parametrize("limit", [("--max-update", 2), ("--stop-time-hours", 1e-9)])
+def test_a_training_that_had_come_to_its_end_does_not_go_on(
+    corpus: Corpus, run: Run, tmp_path: Path, limit: tuple[str, float]
+) -> None:
+    options = ("--arch", "fwp_transformer", "--batch-size", 50, "--save-dir", tmp_path, *limit)
+    run("fairseq-train", corpus.translation, *TRAINING, *options)
+    before = (tmp_path / "checkpoint_last.pt").read_bytes()
+    again = run("fairseq-train", corpus.translation, *TRAINING, *options)
+    assert "has come to its end before" in again.stdout + again.stderr
+    assert (tmp_path / "checkpoint_last.pt").read_bytes() == before
+
+
 def test_a_training_that_resumes_in_its_third_epoch_ends_with_the_same_bits(
     corpus: Corpus, run: Run, side_by_side: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
