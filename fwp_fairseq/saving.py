@@ -17,6 +17,9 @@ from torch import Tensor
 # What fairseq calls the checkpoint of a training that has failed. It is for looking at, and nothing goes on from it.
 _CRASH = "crash.pt"
 
+# A buffer of fairseq's adaptive input and softmax, which nothing but its type is used of: its memory is never written.
+_UNINITIALISED = "_float_tensor"
+
 
 def replace_atomically(path: str, write: Callable[[BinaryIO], Any]) -> None:
     """Let ``write`` fill the file ``path``, which has its old content or the whole new one whatever happens meanwhile.
@@ -44,7 +47,9 @@ def broken_parameter(state: dict[str, Any]) -> Optional[str]:
     """Name of a parameter in the state of a training that is infinite or not a number; None if all are sound."""
     model = state.get("model") or {}
     for name, value in model.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or str(name).endswith(_UNINITIALISED):
+            continue
+        if not value.isfinite().all():
             return str(name)
     return None
 

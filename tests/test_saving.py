@@ -22,6 +22,7 @@ from fwp_fairseq.saving import protect_checkpoint_saving, replace_atomically, sa
 pytest.importorskip("fairseq")
 from campaigns import kills  # noqa: E402
 from fairseq import checkpoint_utils, file_io  # noqa: E402
+from tiny_models import build_lm  # noqa: E402
 
 protect_checkpoint_saving()
 
@@ -103,6 +104,16 @@ def test_broken_parameters_are_not_saved_but_in_the_report_of_a_crash(tmp_path: 
     assert load(path)["model"]["weight"].tolist() == [1.0] * 4
     checkpoint_utils.torch_persistent_save(state(value), str(tmp_path / "crash.pt"))
     assert not load(tmp_path / "crash.pt")["model"]["weight"].isfinite().any()
+
+
+def test_memory_that_fairseq_never_writes_is_not_taken_for_a_broken_parameter(tmp_path: Path) -> None:
+    flags = [f"--adaptive-{of}-{name}" for of in ("input", "softmax") for name in ("factor=1", "cutoff=8,14")]
+    model = build_lm("--adaptive-input", "--tie-adaptive-weights", *flags).state_dict()
+    uninitialised = [name for name in model if name.endswith("_float_tensor")]
+    assert len(uninitialised) == 2
+    for name in uninitialised:
+        model[name].fill_(float("nan"))
+    save_whole({"model": model}, str(tmp_path / "checkpoint_last.pt"))
 
 
 def test_the_average_of_checkpoints_is_not_written_if_a_parameter_is_broken(tmp_path: Path) -> None:
