@@ -11,6 +11,7 @@ bytes. A line for each kill; status 1 if they differ.
 import argparse
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -21,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import test_ui_strings_recipe
 import test_wikitext103_recipe
@@ -99,22 +101,17 @@ def made(name: str, output: Path) -> dict[str, bytes]:
 def steps(log: Path, start: int = 0) -> list[str]:
     """What the recipe says of the steps that it does, from some byte of its messages on."""
     lines = log.read_bytes()[start:].decode(errors="replace").split("\n")[:-1]
-    return [line for line in lines if line.startswith("== ") and not line.endswith("done before")]
+    return [line for line in lines if re.match("== (?!data: )", line) and not line.endswith("done before")]
 
 
-def kill_in(step: str, run: "subprocess.Popen[bytes]", log: Path, start: int, delay: float) -> bool:
-    """Kill a run so many seconds after the step has begun, unless it ends before that; whether it was killed."""
-    while step not in steps(log, start):
-        if run.poll() is not None:
-            return False
+def wait_for(chosen: list[str], run: "subprocess.Popen[bytes]", log: Path, start: int) -> Optional[str]:
+    """Wait until a run does one of these steps, and say which; None if it ends before."""
+    while run.poll() is None:
+        for step in steps(log, start):
+            if step in chosen:
+                return step
         time.sleep(0.01)
-    try:
-        run.wait(delay)
-        return False
-    except subprocess.TimeoutExpired:
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
-        return True
+    return None
 
 
 def main() -> int:
@@ -130,7 +127,8 @@ def main() -> int:
     RECIPES_UNDER_FIRE[options.recipe].make_archives(home / "archives")
 
     log = home / "whole.log"
-    run, begun = start(options.recipe, home, home / "whole"), {}
+    run = start(options.recipe, home, home / "whole")
+    begun: dict[str, float] = {}
     while run.poll() is None:
         for step in steps(log):
             begun.setdefault(step, time.monotonic())
@@ -138,7 +136,8 @@ def main() -> int:
     if run.returncode:
         sys.exit(f"the recipe failed: {log}")
     titles = list(begun)
-    seconds = [end - begin for begin, end in zip(begun.values(), [*list(begun.values())[1:], time.monotonic()])]
+    ends = [*list(begun.values())[1:], time.monotonic()]
+    seconds = {step: end - begin for (step, begin), end in zip(begun.items(), ends)}
 
     whole = made(options.recipe, home / "whole")
     draw, kills, rounds, differing = random.Random(options.seed), Counter[str](), 0, []
@@ -149,17 +148,19 @@ def main() -> int:
         while True:
             before = log.stat().st_size if log.exists() else 0
             run = start(options.recipe, home, output)
-            if kills.total() < options.kills and target < len(titles):
-                # The start of a step is mostly that of Python.
-                killed = kill_in(titles[target], run, log, before, draw.uniform(0, seconds[target]))
-            else:
-                run.wait()
-                killed = False
-            if not killed:
+            left = titles[target:] if kills.total() < options.kills else []
+            step = wait_for(left, run, log, before)
+            if step is None:
                 break
-            kills[titles[target]] += 1
-            print(f"kill {kills.total()} in: {titles[target]}", flush=True)
-            target += draw.choice([0, 1, 1, 2])
+            try:
+                run.wait(draw.uniform(0, seconds[step]))
+                break
+            except subprocess.TimeoutExpired:
+                os.killpg(run.pid, signal.SIGKILL)
+                run.wait()
+            kills[step] += 1
+            print(f"kill {kills.total()} in: {step}", flush=True)
+            target = titles.index(step) + draw.choice([0, 1, 1, 2])
         if run.wait():
             sys.exit(f"the recipe failed: {log}")
         killed_files = made(options.recipe, output)
