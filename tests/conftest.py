@@ -59,7 +59,8 @@ def run() -> Run:
             text=True,
             timeout=300,
             cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+            # A process that is aborted says where it was.
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **variables},
         )
         assert not check or result.returncode == 0, f"{result.args}\n{result.stdout}\n{result.stderr}"
         return result

@@ -195,9 +195,8 @@ def main() -> int:
         parser.error(f"--output {options.output} cannot be made: {error.strerror}")
     import fwp_fairseq
 
-    # Each training has one core; glibc would give every large tensor back to the system and take it again.
+    # Each training has one core.
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    os.environ.update(MALLOC_MMAP_THRESHOLD_="1073741824", MALLOC_TRIM_THRESHOLD_="4294967296")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     runs = figure.runs(sizes, seeds, options.models or figure.models)
     sweep = Sweep(runs, options.output, str(Path(fwp_fairseq.__file__).parent), options.jobs)

@@ -61,9 +61,9 @@ flags+=(${extra[@]+"${extra[@]}"})
 make_text() {
     local part
     "$python" "$recipe/python_text.py" --output lm/text
-    "$python" "$recipe/subwords.py" learn --model lm/spm --size "$vocab_size" lm/text/train
+    "$python" "$recipe/subwords.py" learn --model lm/text/spm --size "$vocab_size" lm/text/train
     for part in train valid test; do
-        "$python" "$recipe/subwords.py" encode --model lm/spm.model "lm/text/$part" "lm/text/$part.pieces"
+        "$python" "$recipe/subwords.py" encode --model lm/text/spm.model "lm/text/$part" "lm/text/$part.pieces"
     done
 }
 
@@ -76,13 +76,13 @@ make_binary() {
 
 # The text goes with the version of Python.
 data="$("$python" --version) $(fingerprint "$recipe/python_text.py") pieces $vocab_size"
-step steps/lm-text lm/spm.model "$data" "text of Python's help()" make_text
+step steps/lm-text lm/text "$data" "text of Python's help()" make_text
 step steps/lm-data-bin lm/data-bin "$data" "fairseq-preprocess" make_binary
 
 # --- Training and perplexity -----------------------------------------------------------------------------------------
 
 train_model() {
-    cp lm/spm.model lm/data-bin/dict.txt "$folder/"
+    cp lm/text/spm.model lm/data-bin/dict.txt "$folder/"
     train "$folder" lm/data-bin "${training[@]}" "${flags[@]}"
 }
 

@@ -50,9 +50,9 @@ text() { "$python" "$recipe/text.py" "$@"; }
 make_text() {
     local part
     "$python" "$recipe/python_docs.py" --output text
-    text learn-sentencepiece --size "$pieces" spm.model text/train
+    text learn-sentencepiece --size "$pieces" text/spm.model text/train
     for part in train valid test; do
-        text encode --model spm.model "text/$part" "text/$part.pieces"
+        text encode --model text/spm.model "text/$part" "text/$part.pieces"
     done
 }
 

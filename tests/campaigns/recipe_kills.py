@@ -35,7 +35,8 @@ from test_ui_strings_collect import DE, catalogue, make_wheel, phrases
 class Recipe:
     """The scripts of a recipe with their options, and what they make that holds no times.
 
-    ARCHIVES in the options stands for the folder of the archives.
+    Scripts are named by their path in the folder of recipes. ARCHIVES in the options stands for the folder of the
+    archives.
     """
 
     make_archives: Callable[[Path], object]
@@ -48,29 +49,40 @@ TEXT = ("raw/**/*", "references/*", "tokens/*", "codes", "pieces/**/*", "clean/*
 RECIPES_UNDER_FIRE = {
     "ui_strings": Recipe(
         lambda folder: make_wheel(folder, "app", {DE + ".po": catalogue(phrases(12, 12))}),
-        [["run.sh", "--wheels", "ARCHIVES", *test_ui_strings_recipe.SMALL]],
+        [["ui_strings/run.sh", "--wheels", "ARCHIVES", *test_ui_strings_recipe.SMALL]],
         ("corpus/*", "text/*", "data-bin/*", "models/*/test.out", "models/*/result.json"),
     ),
     "wmt14_en_de": Recipe(
         test_wmt14_recipe.make_archives,
         [
-            ["prepare.sh", "--from", "ARCHIVES", "--merges", "60", "--jobs", "2"],
-            ["train.sh", "dpfp-2", "--size", "base", "--cpu", "--", *WMT14],
-            ["evaluate.sh", "--cpu"],
-            ["table1.sh"],
+            ["wmt14_en_de/prepare.sh", "--from", "ARCHIVES", "--merges", "60", "--jobs", "2"],
+            ["wmt14_en_de/train.sh", "dpfp-2", "--size", "base", "--cpu", "--", *WMT14],
+            ["wmt14_en_de/evaluate.sh", "--cpu"],
+            ["wmt14_en_de/table1.sh"],
         ],
         (*TEXT, "models/*/*.out", "models/*/result.*", "table1.*"),
     ),
     "wikitext103": Recipe(
         test_wikitext103_recipe.make_archive,
         [
-            ["prepare.sh", "--from", "ARCHIVES", "--jobs", "1"],
-            ["prepare.sh", "--from", "ARCHIVES", "--jobs", "1", "--sentencepiece", "30"],
-            ["train.sh", "delta-elu", "--cpu", "--", *WIKITEXT],
-            ["evaluate.sh", "--cpu", "--window", "16"],
-            ["tables.sh"],
+            ["wikitext103/prepare.sh", "--from", "ARCHIVES", "--jobs", "1"],
+            ["wikitext103/prepare.sh", "--from", "ARCHIVES", "--jobs", "1", "--sentencepiece", "30"],
+            ["wikitext103/train.sh", "delta-elu", "--cpu", "--", *WIKITEXT],
+            ["wikitext103/evaluate.sh", "--cpu", "--window", "16"],
+            ["wikitext103/tables.sh"],
         ],
         (*TEXT, "models/*/result.json", "tables.*"),
+    ),
+    "python_docs": Recipe(
+        lambda folder: None,
+        [
+            [
+                *("wikitext103/python_docs.sh", "--cpu", "--only", "delta-elu delta-elu-streaming", "--pieces", "300"),
+                *("--threads", "1", "--window", "4", "--batch-size", "2048", "--", "--decoder-layers", "1"),
+                *("--decoder-embed-dim", "16", "--max-update", "30", "--max-valid-steps", "4"),
+            ],
+        ],
+        ("text/*", "data-bin/**/*", "models/*/result.json"),
     ),
 }
 
@@ -79,7 +91,7 @@ def start(name: str, home: Path, output: Path) -> "subprocess.Popen[bytes]":
     commands = []
     for script, *options in RECIPES_UNDER_FIRE[name].scripts:
         given = [str(home / "archives") if option == "ARCHIVES" else option for option in options]
-        commands.append(shlex.join(["bash", str(RECIPES / name / script), "--output", str(output), *given]))
+        commands.append(shlex.join(["bash", str(RECIPES / script), "--output", str(output), *given]))
     with output.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
             ["bash", "-c", " && ".join(commands)], stdout=log, stderr=log, env=environment(), start_new_session=True
