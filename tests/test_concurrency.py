@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,6 +37,42 @@ def test_two_trainings_at_once_from_one_clone_end_with_the_same_bits(
     side_by_side(*(lambda name=name: run(*command, tmp_path / name) for name in "ab"))
     a, b = parameters(tmp_path / "a"), parameters(tmp_path / "b")
     assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def test_a_second_training_into_the_same_folder_is_refused_until_the_first_is_gone(
+    corpus: Corpus, run: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    # A process that was forked from the first, as those that load data are, and outlives it.
+    code = """
+import os, sys, time
+from fwp_fairseq.one_training import hold_folder
+hold_folder(sys.argv[1])
+hold_folder(sys.argv[1])
+if not os.fork():
+    time.sleep(60)
+    os._exit(0)
+print("held", flush=True)
+time.sleep(300)
+"""
+    first = subprocess.Popen(
+        [sys.executable, "-c", code, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        command = ("fairseq-train", corpus.translation, *TRAINING, "--batch-size", 50, "--max-update", 1)
+        refused = run(*command, "--save-dir", folder, check=False)
+        assert refused.returncode != 0
+        assert f"--save-dir {folder}: another training is writing" in refused.stderr.splitlines()[-1]
+        assert not list(folder.glob("*.pt*"))
+        run(*command, "--save-dir", tmp_path / "another")
+        first.kill()
+        first.wait()
+        run(*command, "--save-dir", folder)
+        assert (folder / "checkpoint_last.pt").is_file()
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
 
 
 def test_two_processes_with_unequal_shards_train_as_one_does_that_accumulates_gradients(

@@ -1,0 +1,63 @@
+"""One training at a time writes into a folder of checkpoints.
+
+Two of them, such as a job that a cluster started again while the first one still ran, would replace each other's
+checkpoints and write into the same unfinished files.
+"""
+
+import fcntl
+import logging
+import os
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_NAME = ".training.lock"
+
+# Files whose locks this process holds. They are never closed: the system takes a lock back when its process ends,
+# however it does.
+_held: set[str] = set()
+
+
+def hold_folder(folder: str) -> None:
+    """Keep other processes from training into this folder until this one ends.
+
+    Raises RuntimeError if another one does. On a file system without locks nothing is held, with a warning.
+    """
+    path = os.path.join(os.path.realpath(folder), _NAME)
+    if path in _held:
+        return
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        logger.warning(f"{path} cannot be opened ({error.strerror}): other trainings are not kept from this folder")
+        return
+    try:
+        # Unlike that of flock, this lock is not shared with forks: workers that outlive the training do not hold it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(file)
+        raise RuntimeError(
+            f"--save-dir {folder}: another training is writing into this folder. Wait for its end, or name another."
+        ) from None
+    except OSError as error:
+        os.close(file)
+        logger.warning(f"{path} cannot be locked ({error.strerror}): other trainings are not kept from this folder")
+        return
+    _held.add(path)
+
+
+def keep_to_one_training() -> None:
+    """Make fairseq hold the folder that it saves into, before it reads a checkpoint. A second call changes nothing."""
+    from fairseq import checkpoint_utils
+
+    if getattr(checkpoint_utils, "fwp_holds_folder", False):
+        return
+    fairseq_load = checkpoint_utils.load_checkpoint
+
+    def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
+        if trainer.is_data_parallel_master and not cfg.no_save:
+            hold_folder(cfg.save_dir)
+        return fairseq_load(cfg, trainer, **passthrough_args)
+
+    checkpoint_utils.load_checkpoint = load_checkpoint
+    checkpoint_utils.fwp_holds_folder = True
