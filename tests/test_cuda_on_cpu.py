@@ -292,6 +292,6 @@ def test_nothing_leaves_its_buffers_and_mistakes_are_noticed(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert run.returncode == 0, run.stdout + run.stderr

@@ -161,6 +161,7 @@ def main() -> int:
             before = log.stat().st_size if log.exists() else 0
             run = start(options.recipe, home, output)
             left = titles[target:] if kills.total() < options.kills else []
+            left = [step for step in left if not kills[step]] or left
             step = wait_for(left, run, log, before)
             if step is None:
                 break
