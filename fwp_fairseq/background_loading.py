@@ -5,7 +5,6 @@ interpreter, and within torch's C++ that calls std::terminate: a training that w
 and then ended with SIGABRT.
 """
 
-import atexit
 import contextlib
 import queue
 import threading
@@ -30,9 +29,3 @@ def stop_background_loading() -> None:
             with contextlib.suppress(queue.Empty):
                 consumer._queue.get_nowait()
             consumer.join(0.01)
-
-
-def stop_background_loading_at_exit() -> None:
-    """Do so when Python ends. A second call changes nothing."""
-    atexit.unregister(stop_background_loading)
-    atexit.register(stop_background_loading)
