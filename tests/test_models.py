@@ -4,6 +4,7 @@ import argparse
 import itertools
 import logging
 import math
+import re
 
 import pytest
 import torch
@@ -368,6 +369,15 @@ def test_tied_adaptive_weights_of_different_shape_are_refused():
         build_lm(*flags)
     with pytest.raises(ValueError, match="--adaptive-input-cutoff is 8 and --adaptive-softmax-cutoff is 9"):
         build_lm("--adaptive-input", *flags)
+
+
+@pytest.mark.parametrize("points", ["8,100000", "14,8", "8,8", "0,8", "8,x", "[]"])
+@pytest.mark.parametrize("flag", ["--adaptive-input-cutoff", "--adaptive-softmax-cutoff"])
+def test_cut_offs_that_do_not_fit_the_dictionary_are_refused(flag, points):
+    flags = {"--adaptive-input-cutoff": "8", "--adaptive-softmax-cutoff": "8", flag: points}
+    message = f"{flag} is {re.escape(points)}, allowed are rising numbers between commas, from 1 to the"
+    with pytest.raises(ValueError, match=message):
+        build_lm("--adaptive-input", *itertools.chain(*flags.items()))
 
 
 def test_every_option_is_known_to_argparse_and_to_hydra_with_help():

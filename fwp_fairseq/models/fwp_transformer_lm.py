@@ -57,7 +57,7 @@ class LanguageModel(NamesWhatDoesNotFit, TransformerLanguageModel):
         _check_tied_weights(args)
         embed_tokens = cls._build_input(args, task.source_dictionary)
         cfg = TransformerConfig.from_namespace(args)
-        cfg.adaptive_softmax_cutoff = _cutoffs(args.adaptive_softmax_cutoff)
+        cfg.adaptive_softmax_cutoff = _cutoffs(args, "adaptive_softmax_cutoff", task.target_dictionary)
         return cls(cls.build_decoder(cfg, args, task.target_dictionary, embed_tokens))
 
     @classmethod
@@ -79,7 +79,7 @@ class LanguageModel(NamesWhatDoesNotFit, TransformerLanguageModel):
                 args.decoder_input_dim,
                 args.adaptive_input_factor,
                 args.decoder_embed_dim,
-                _cutoffs(args.adaptive_input_cutoff),
+                _cutoffs(args, "adaptive_input_cutoff", dictionary),
                 args.quant_noise_pq,
                 args.quant_noise_pq_block_size,
             )
@@ -123,12 +123,26 @@ def _check_tied_weights(args: Any) -> None:
         )
 
 
-def _cutoffs(given: Any) -> Any:
-    """Cut-off points of adaptive input or softmax as a list, from "20000,60000" or a list; None stays None."""
+def _cutoffs(args: Any, option: str, dictionary: Any) -> Optional[list[int]]:
+    """Cut-off points of adaptive input or softmax as a list, from "20000,60000" or a list; None stays None.
+
+    Raises ValueError unless they rise, and the last one is at most the number of words.
+    """
+    given = getattr(args, option)
     if given is None:
         return None
-    points = ast.literal_eval(given) if isinstance(given, str) else given
-    return [int(points)] if isinstance(points, (int, float)) else [int(point) for point in points]
+    try:
+        points = ast.literal_eval(given) if isinstance(given, str) else given
+        points = [int(point) for point in ([points] if isinstance(points, (int, float)) else points)]
+    except (ValueError, TypeError, SyntaxError):
+        points = []
+    limits = [0, *points, len(dictionary) + 1]
+    if not points or any(a >= b for a, b in zip(limits, limits[1:])):
+        raise ValueError(
+            f"--{option.replace('_', '-')} is {given}, allowed are rising numbers between commas, from 1 to the "
+            f"{len(dictionary)} words of the dictionary"
+        )
+    return points
 
 
 def set_defaults(args: Any, **defaults: Any) -> None:

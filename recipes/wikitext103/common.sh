@@ -7,13 +7,15 @@ recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 # --- Rows ------------------------------------------------------------------------------------------------------------
 
-# What the rows of tables 2, 3 and 5 are called.
+# What the rows of tables 2, 3 and 5 are called, and one with a rule that also forgets.
 truncated_rows=(
     softmax sum-elu delta-elu sum-favor delta-favor sum-favor-16 delta-favor-16 sum-dpfp-1 delta-dpfp-1
-    delta-elu-attnorm delta-elu-nopos delta-elu-nopos-attnorm
+    delta-elu-attnorm delta-elu-nopos delta-elu-nopos-attnorm gated-delta-elu
 )
 # Table 4: the context is carried from segment to segment. The number of a Transformer-XL is its segment's and memory's.
-streaming_rows=(sum-elu-streaming delta-elu-streaming delta-dpfp-1-streaming xl-8 xl-64 xl-128 xl-384)
+streaming_rows=(
+    sum-elu-streaming delta-elu-streaming delta-dpfp-1-streaming gated-delta-elu-streaming xl-8 xl-64 xl-128 xl-384
+)
 rows=("${truncated_rows[@]}" "${streaming_rows[@]}")
 
 # row_flags ROW SIZE: set what this row is to fairseq-train: architecture=, model_flags=(), task=, and segment=, the
@@ -33,6 +35,7 @@ row_flags() {
     softmax | xl-*) model_flags=(--decoder-self-attention softmax) ;;
     sum-*) model_flags+=(--update-rule sum --attention-normalization --key-normalization none) ;;
     delta-*) model_flags+=(--update-rule delta --key-normalization sum) ;;
+    gated-delta-*) model_flags+=(--update-rule gated-delta --key-normalization sum) ;;
     esac
     case $row in
     *-elu*) model_flags+=(--feature-map elu) ;;

@@ -5,7 +5,15 @@
 recipe_name=python_docs
 
 # What is compared, and the model and its training, the same for each.
-docs_rows=(softmax sum-elu delta-elu delta-dpfp-1 sum-elu-streaming delta-elu-streaming delta-dpfp-1-streaming)
+docs_rows=(
+    softmax sum-elu delta-elu delta-dpfp-1 gated-delta-elu
+    sum-elu-streaming delta-elu-streaming delta-dpfp-1-streaming gated-delta-elu-streaming
+)
+# What can be compared besides, by --only.
+further_rows=()
+for row in "${rows[@]}"; do
+    [[ $row == xl-* || " ${docs_rows[*]} " == *" $row "* ]] || further_rows+=("$row")
+done
 segment=128
 training=(
     --tokens-per-sample "$segment" --arch fwp_transformer_lm
@@ -22,6 +30,8 @@ Usage: bash python_docs.sh [OPTION]... [-- FAIRSEQ_TRAIN_OPTION...]
 Train small language models on the documentation that every CPython ships, each for the same time, on the processor or
 the first GPU; evaluate them as evaluate.sh does, and print a table, which is written to OUTPUT/python_docs.md, too:
   ${docs_rows[*]}
+and, if --only names them:
+  ${further_rows[*]}
 What is done already is not done again.
 END
 }
@@ -29,7 +39,7 @@ END
 common_options
 option minutes count 30 "minutes of training of each model"
 option pieces count 4000 "pieces of the sentencepiece vocabulary"
-option only text "" "names of what to train, between spaces (default: all)"
+option only text "" "names of what to train, between spaces (default: all of the first list)"
 option seed number 1 "seed of initialisation, order of batches and dropout"
 option window text "" "tokens of the window in evaluation (default: $segment)"
 option batch-size count 64 "windows to compute at once"
@@ -38,7 +48,8 @@ parse_options "$@"
 no_words
 [[ -z $window ]] || check_option window count
 for row in $only; do
-    [[ " ${docs_rows[*]} " == *" $row "* ]] || fail "--only: there is no '$row', allowed are: ${docs_rows[*]}."
+    [[ " ${docs_rows[*]} ${further_rows[*]} " == *" $row "* ]] ||
+        fail "--only: there is no '$row', allowed are: ${docs_rows[*]} ${further_rows[*]}."
 done
 enter_output
 enter_environment
@@ -94,4 +105,4 @@ for row in ${only:-"${docs_rows[@]}"}; do
 done
 options=(${device[@]+"${device[@]}"})
 evaluate_models
-"$python" "$recipe/tables.py" docs . --rows "${docs_rows[@]}"
+"$python" "$recipe/tables.py" docs . --rows "${docs_rows[@]}" "${further_rows[@]}"
