@@ -5,6 +5,7 @@ checkpoint_last.pt or checkpoint_best.pt: killed at that, it leaves half a file,
 an error, such as a full disk, it tries again twice, behind what it has already written.
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -33,6 +34,7 @@ def replace_atomically(path: str, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+        _sync_folder(os.path.dirname(os.path.abspath(path)))
     except (OSError, RuntimeError) as error:
         # torch wraps what the system says, or replaces it by the position in its archive.
         cause = error if isinstance(error, OSError) else error.__context__
@@ -41,6 +43,16 @@ def replace_atomically(path: str, write: Callable[[BinaryIO], Any]) -> None:
         raise OSError(f"{path} could not be written ({reason}); {earlier}. Make space and start again.") from error
     finally:
         Path(unfinished).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: str) -> None:
+    """Let the names in a folder outlast a power failure, on a file system that can do that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def broken_parameter(state: dict[str, Any]) -> Optional[str]:

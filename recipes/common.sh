@@ -230,6 +230,8 @@ enter_environment() {
             "virtual environment and packages" install
         python=$venv/bin/python
     fi
+    # The plugin of this clone, even if $python has another one.
+    export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
     user_dir=$(cd -- "$repository" && "$python" -m fwp_fairseq)
     # For every fairseq command that runs a model. With its default multiple of 8 fairseq would leave out what does not
     # fill the last batch, of the test too. Whether there is a GPU it sees by itself.

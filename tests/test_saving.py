@@ -95,6 +95,20 @@ def test_an_error_while_writing_is_not_followed_by_a_second_try_behind_it(tmp_pa
     assert not os.listdir(tmp_path)
 
 
+def test_a_file_is_on_the_disk_before_it_gets_its_name_and_then_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen = tmp_path / "checkpoint_last.pt", []
+
+    def fsync(descriptor: int) -> None:
+        synced = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        seen.append((synced.name, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save_whole(state(1.0), str(path))
+    assert seen == [("checkpoint_last.pt.tmp", False), (tmp_path.name, True)]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_broken_parameters_are_not_saved_but_in_the_report_of_a_crash(tmp_path: Path, value: float) -> None:
     path = tmp_path / "checkpoint_last.pt"
