@@ -282,26 +282,30 @@ def test_hydra_gives_the_models_and_settings_of_the_shell(prepared: Path, size: 
                 assert not differing, (row, section, differing)
 
 
-def test_hydra_trains_the_model_that_the_shell_trains(trained: Path, run: Run, tmp_path: Path) -> None:
+def assert_hydra_trains_the_same(row: str, prepared: Path, run: Run, folder: Path) -> None:
+    """fairseq-hydra-train makes the model that train.sh made of this row, small and with TINY's settings."""
     sizes = [f"model.decoder_{name.replace('-', '_')}={value}" for name, value in SIZES.items()]
     cutoffs = [f'model.adaptive_{kind}_cutoff="10,20,40"' for kind in ("input", "softmax")]
-    data = trained / "data-bin" / "words"
     # Hydra's grammar has no quotes in names: a link is in their place.
-    (tmp_path / "data").symlink_to(data)
+    (folder / "data").symlink_to(prepared / "data-bin" / "words")
     run(
         "fairseq-hydra-train",
-        *("--config-dir", RECIPE / "config", "--config-name", "small", "row=delta-elu", *sizes, *cutoffs),
-        *(f"task.data={tmp_path / 'data'}", "task.tokens_per_sample=16", "common.cpu=true", "dataset.num_workers=0"),
+        *("--config-dir", RECIPE / "config", "--config-name", "small", f"row={row}", *sizes, *cutoffs),
+        *(f"task.data={folder / 'data'}", "task.tokens_per_sample=16", "common.cpu=true", "dataset.num_workers=0"),
         *("optimization.max_update=6", "optimization.lr=[0.01]", "lr_scheduler.warmup_updates=2"),
-        *(f"common.user_dir={ROOT / 'fwp_fairseq'}", f"checkpoint.save_dir={tmp_path / 'hydra'}"),
-        f"hydra.run.dir={tmp_path / 'hydra'}",
+        *(f"common.user_dir={ROOT / 'fwp_fairseq'}", f"checkpoint.save_dir={folder / 'hydra'}"),
+        f"hydra.run.dir={folder / 'hydra'}",
     )
-    paths = (tmp_path / "hydra", trained / "models" / "small-delta-elu-seed1")
+    paths = (folder / "hydra", prepared / "models" / f"small-{row}-seed1")
     by_hydra, by_shell = (torch.load(p / "checkpoint_last.pt", weights_only=False)["model"] for p in paths)
     assert by_hydra.keys() == by_shell.keys()
     for name, weight in by_shell.items():
         # fairseq's buffers of this name are uninitialised memory.
         assert "_float_tensor" in name or torch.equal(by_hydra[name], weight), name
+
+
+def test_hydra_trains_the_model_that_the_shell_trains(trained: Path, run: Run, tmp_path: Path) -> None:
+    assert_hydra_trains_the_same("delta-elu", trained, run, tmp_path)
 
 
 def test_rows_of_table_4_stream(prepared: Path) -> None:
@@ -314,7 +318,9 @@ def test_rows_of_table_4_stream(prepared: Path) -> None:
 
 
 @pytest.mark.parametrize(("row", "size"), [("delta-elu-streaming", "small"), ("xl-8", "medium")])
-def test_rows_of_table_4_are_trained_and_evaluated(prepared: Path, row: str, size: str, tmp_path: Path) -> None:
+def test_rows_of_table_4_are_trained_and_evaluated(
+    prepared: Path, row: str, size: str, run: Run, tmp_path: Path
+) -> None:
     out, name = ["--output", prepared, "--cpu"], f"{size}-{row}-seed1"
     succeed(RECIPE / "train.sh", row, "--size", size, *out, "--", *TINY, *CUTOFFS)
     # Another plugin that is installed is not in the way.
@@ -326,6 +332,8 @@ def test_rows_of_table_4_are_trained_and_evaluated(prepared: Path, row: str, siz
     assert found["updates"] == 6 and found["test"]["perplexity"] > 1
     # Two layers: two heads with memories of 8 x 8 each; 8 positions of width 16.
     assert found["state"] == 256
+    if size == "small":
+        assert_hydra_trains_the_same(row, prepared, run, tmp_path)
 
 
 @pytest.mark.parametrize(
