@@ -2,7 +2,6 @@
 
 import itertools
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -437,12 +436,16 @@ def test_scores_are_those_of_the_continuation_of_a_prompt():
             torch.testing.assert_close(hypothesis["positional_scores"], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_interactive_continues_a_prompt_of_20000_words(trained: dict, corpus: Corpus, run: Run, tmp_path: Path) -> None:
+def test_interactive_continues_prompts_of_20000_words_of_none_and_of_unknown_ones(
+    trained: dict, corpus: Corpus, run: Run
+) -> None:
     words = (corpus.text / "train.a").read_text().split()
     prompt = " ".join((words * 3)[:20_000])
     checkpoint = trained["folder"] / "stretch" / "checkpoint_last.pt"
     command = ("fairseq-interactive", corpus.language_model, *USER_DIR, *TASK, "--tokens-per-sample", 512)
-    result = run(*command, "--path", checkpoint, "--beam", 2, "--min-len", 5, "--max-len-b", 8, stdin=prompt + "\n\n")
-    long, empty = re.findall(r"^D-\d+\t\S+\t(.*)$", result.stdout, re.M)
+    lines = prompt + "\n\nunheard\n\0\n"
+    result = run(*command, "--path", checkpoint, "--beam", 2, "--min-len", 5, "--max-len-b", 8, stdin=lines)
+    long, empty, unknown, nul = re.findall(r"^D-\d+\t\S+\t(.*)$", result.stdout, re.M)
     assert long.startswith(prompt + " ") and 5 <= len(long.split()) - 20_000 <= 8
     assert 5 <= len(empty.split()) <= 8
+    assert unknown == nul and unknown.startswith("<unk> ") and 5 <= len(unknown.split()) - 1 <= 8

@@ -113,7 +113,7 @@ def made(name: str, output: Path) -> dict[str, bytes]:
 def steps(log: Path, start: int = 0) -> list[str]:
     """What the recipe says of the steps that it does, from some byte of its messages on."""
     lines = log.read_bytes()[start:].decode(errors="replace").split("\n")[:-1]
-    return [line for line in lines if re.match("== (?!data: )", line) and not line.endswith("done before")]
+    return [line for line in lines if re.match("== (?!data: |model: )", line) and not line.endswith("done before")]
 
 
 def wait_for(chosen: list[str], run: "subprocess.Popen[bytes]", log: Path, start: int) -> Optional[str]:
