@@ -263,14 +263,24 @@ check_model_name() {
         fail "--model is '$model', allowed are letters, digits, . _ and - (not first)."
 }
 
+# Print the progress and the warnings among fairseq's messages as they come. (Some kinds of awk wait until there is more.)
+show_progress() {
+    local line
+    while IFS= read -r line || [[ -n $line ]]; do
+        case $line in
+        *'| train |'* | *'| valid |'* | *'| train_inner |'*) printf '%s\n' "${line##*INFO | }" ;;
+        *WARNING*) printf '%s\n' "$line" ;;
+        esac
+    done
+}
+
 # log_training FOLDER COMMAND...: run a training into FOLDER/checkpoint_*.pt; the user sees its progress and warnings, all of
 # its messages are in FOLDER/train.log.
 log_training() {
     local folder=$1
     shift
     mkdir -p -- "$folder"
-    "$@" 2>&1 | tee -a -- "$folder/train.log" |
-        awk '/\| (train|valid|train_inner) \|/ { sub(/^.*INFO \| /, ""); print } /WARNING/ { print } { fflush() }' || {
+    "$@" 2>&1 | tee -a -- "$folder/train.log" | show_progress || {
         # Of several processes the last lines say only that one has failed.
         grep -aE '^(\[rank[0-9]+\]: )?[A-Za-z.]*(Error|Exception)\b' "$folder/train.log" | grep -v ChildFailedError |
             tail -n 1 >&2 || tail -n 5 -- "$folder/train.log" >&2

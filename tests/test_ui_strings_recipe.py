@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -124,6 +125,28 @@ def test_translate_gives_a_line_for_each_argument_or_line(
     assert given.stdout == piped.stdout
     assert len(given.stdout.splitlines()) == 4
     assert given.stdout.splitlines()[1] == ""
+
+
+def test_translate_answers_each_line_that_somebody_types(
+    first: subprocess.CompletedProcess[str], home: Path, tmp_path: Path
+) -> None:
+    ours, theirs = os.openpty()
+    with (tmp_path / "messages").open("w") as messages:
+        command = ["bash", str(RECIPE / "translate.sh"), "--output", str(home / "out")]
+        typing = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=messages, env=environment())
+    os.close(theirs)
+    assert typing.stdout is not None
+    try:
+        for sentence in ("Save the file", "Open the folder"):
+            os.write(ours, sentence.encode() + b"\n")
+            # The next one is typed when the answer is there.
+            assert select.select([typing.stdout], [], [], 120)[0], (tmp_path / "messages").read_text()
+            assert typing.stdout.readline().endswith(b"\n")
+        os.write(ours, b"\x04")
+        assert typing.wait(120) == 0
+    finally:
+        typing.kill()
+        os.close(ours)
 
 
 def test_translate_with_a_damaged_vocabulary_says_so(

@@ -45,11 +45,21 @@ if ((!${#words[@]})) && [[ -t 0 ]]; then
     printf 'One English sentence a line; Ctrl-D ends.\n' >&2
 fi
 
+# Of what fairseq-interactive prints, the source (S) and the translation (D) of each line; nothing in, nothing out. Each
+# as it comes: some kinds of awk wait until there is more.
+translations() {
+    local line source=
+    while IFS= read -r line; do
+        case $line in
+        S-[0-9]*$'\t'*) source=${line#*$'\t'} ;;
+        D-[0-9]*$'\t'*) printf '%s\n' "${source:+${line#*$'\t'*$'\t'}}" ;;
+        esac
+    done
+}
+
 log=$(mktemp)
 trap 'rm -f -- "$log"' EXIT
-# Of what fairseq-interactive prints, the source (S) and the translation (D) of each line; nothing in, nothing out.
 sentences | PYTHONUNBUFFERED=1 quietly "$log" fairseq interactive "$folder" "${basics[@]}" \
     --path "$folder/checkpoint_best.pt" --task translation --source-lang en --target-lang de \
     --beam "$beam" "${search[@]}" --buffer-size "$buffer" --batch-size "$buffer" \
-    --bpe sentencepiece --sentencepiece-model "$folder/spm.model" |
-    awk -F'\t' '/^S-[0-9]+\t/ { source = $2 } /^D-[0-9]+\t/ { print source == "" ? "" : $3; fflush() }'
+    --bpe sentencepiece --sentencepiece-model "$folder/spm.model" | translations
