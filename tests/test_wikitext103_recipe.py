@@ -219,6 +219,15 @@ def test_what_the_streaming_evaluation_prints_is_read() -> None:
     assert found["perplexity"] == 27.4 and found["tokens"] == 245569 and found["state"] == 131072
 
 
+def test_the_speed_of_a_training_is_that_of_its_middle_epoch(trained: Path, tmp_path: Path) -> None:
+    model = trained / "models" / "small-delta-elu-seed1"
+    for name in ("settings", "valid.out", "test.out"):
+        (tmp_path / name).write_text((model / name).read_text())
+    epochs = [f"INFO | train | epoch 00{i} | ppl 9 | wps {wps} | ups 3 |" for i, wps in enumerate((500, 600.5, 7.5))]
+    (tmp_path / "train.log").write_text("\n".join(epochs))
+    assert tables.read_result(tmp_path, trained / "data-bin" / "words")["words_per_second"] == 500
+
+
 # --- Python's documentation ------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -81,8 +82,9 @@ def read_result(model: Path, data: Path) -> dict[str, Any]:
     result["updates"] = max((int(update) for update in re.findall(r"\| num_updates (\d+)", log)), default=0)
     parameters = re.findall(r"num\. shared model params: ([\d,]+)", log)
     result["parameters"] = int(parameters[-1].replace(",", "")) if parameters else None
-    speeds = re.findall(r"\| train \|.* wps ([\d.]+)", log)
-    result["words_per_second"] = float(speeds[-1]) if speeds else None
+    # The last epoch of a training with a budget of time is cut short.
+    speeds = [float(speed) for speed in re.findall(r"\| train \|.* wps ([\d.]+)", log)]
+    result["words_per_second"] = median(speeds) if speeds else None
     for part in PARTS:
         text = (model / f"{part}.out").read_text(encoding="utf-8")
         found = json.loads(text.splitlines()[-1]) if text.rstrip().endswith("}") else read_streaming(text)
