@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fwp_fairseq.checkpoints import load_checkpoint_file
-from fwp_fairseq.saving import save_whole
+from fwp_fairseq.fairseq_mends.safe_loading import load_checkpoint_file
+from fwp_fairseq.fairseq_mends.whole_checkpoints import save_whole
 
 EPOCH_CHECKPOINT = re.compile(r"checkpoint(\d+)\.pt")
 UPDATE_CHECKPOINT = re.compile(r"checkpoint_\d+_(\d+)\.pt")

@@ -18,12 +18,10 @@ from conftest import Corpus, Run
 
 from fwp_fairseq.average_checkpoints import average_checkpoints
 from fwp_fairseq.average_checkpoints import main as average_main
-from fwp_fairseq.checkpoints import load_checkpoint_file, protect_checkpoint_loading
+from fwp_fairseq.fairseq_mends.safe_loading import load_checkpoint_file
 
 pytest.importorskip("fairseq")
 from fairseq import checkpoint_utils, utils  # noqa: E402
-
-protect_checkpoint_loading()
 
 USER_DIR = ("--user-dir", "fwp_fairseq", "--cpu")
 SIZES = ("--encoder-layers", 1, "--decoder-layers", 1, "--encoder-embed-dim", 16, "--encoder-ffn-embed-dim", 16)
@@ -254,12 +252,6 @@ def test_loading_leaves_the_list_of_allowed_globals_as_it_was(checkpoints: dict[
         assert set(torch.serialization.get_safe_globals()) == set(during)
     checkpoint_utils.load_checkpoint_to_cpu(str(checkpoints["fairseq"]))
     assert set(torch.serialization.get_safe_globals()) == set(before)
-
-
-def test_protecting_twice_is_protecting_once() -> None:
-    before = checkpoint_utils.torch
-    protect_checkpoint_loading()
-    assert checkpoint_utils.torch is before
 
 
 @pytest.fixture(scope="module")

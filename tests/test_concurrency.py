@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, Corpus, Run, find_script
 
-from fwp_fairseq.checkpoints import load_checkpoint_file
+from fwp_fairseq.fairseq_mends.safe_loading import load_checkpoint_file
 
 pytest.importorskip("fairseq")
 
@@ -47,7 +47,7 @@ def test_a_second_training_into_the_same_folder_is_refused_until_the_first_is_go
     # A process that was forked from the first, as those that load data are, and outlives it.
     code = """
 import os, sys, time
-from fwp_fairseq.one_training import hold_folder
+from fwp_fairseq.fairseq_mends.one_training import hold_folder
 hold_folder(sys.argv[1])
 hold_folder(sys.argv[1])
 if not os.fork():

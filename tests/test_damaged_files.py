@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, Corpus, Run, find_script
 
-from fwp_fairseq.checkpoints import load_checkpoint_file
+from fwp_fairseq.fairseq_mends.safe_loading import load_checkpoint_file
 
 pytest.importorskip("fairseq")
 import tiny_models  # noqa: E402

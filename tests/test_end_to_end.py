@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, Corpus, Run, find_script
 from torch import Tensor
 
-from fwp_fairseq.checkpoints import load_checkpoint_file
+from fwp_fairseq.fairseq_mends.safe_loading import load_checkpoint_file
 
 Result = subprocess.CompletedProcess[str]
 SideBySide = Callable[..., list[Result]]

@@ -25,14 +25,12 @@ import pytest
 import torch
 
 from fwp_fairseq.average_checkpoints import main as average_main
-from fwp_fairseq.checkpoints import load_checkpoint_file, protect_checkpoint_loading
+from fwp_fairseq.fairseq_mends.safe_loading import load_checkpoint_file
 
 pytest.importorskip("fairseq")
 pytest.importorskip("babel")
 from fairseq import checkpoint_utils  # noqa: E402
 from test_ui_strings_collect import DE, catalogue, make_wheel, phrases, run  # noqa: E402
-
-protect_checkpoint_loading()
 
 
 class Calls:

@@ -12,9 +12,9 @@ from conftest import Corpus, Run
 pytest.importorskip("fairseq")
 from fairseq import checkpoint_utils  # noqa: E402
 
-import fwp_fairseq.models  # noqa: E402, F401
-from fwp_fairseq.checkpoint_options import check_options, fast_weight_flags  # noqa: E402
-from fwp_fairseq.checkpoints import load_checkpoint_file  # noqa: E402
+from fwp_fairseq import fairseq_mends  # noqa: E402
+from fwp_fairseq.fairseq_mends.checkpoint_options import check_options, fast_weight_flags  # noqa: E402
+from fwp_fairseq.fairseq_mends.safe_loading import load_checkpoint_file  # noqa: E402
 
 USER_DIR = ("--user-dir", "fwp_fairseq", "--cpu")
 TRAINING = (
@@ -32,7 +32,7 @@ def load(path: Path) -> Any:
 
 def differing(trained: dict[str, Any], overrides: dict[str, Any]) -> str:
     """The message about a checkpoint of these options with others in the place of some; "" if there is none."""
-    from fwp_fairseq import checkpoint_options
+    from fwp_fairseq.fairseq_mends import checkpoint_options
 
     with checkpoint_options._set(checkpoint_options._overrides, overrides):
         try:
@@ -138,11 +138,6 @@ def test_a_training_that_resumes_in_its_third_epoch_ends_with_the_same_bits(
 
 
 def test_installing_the_hooks_twice_is_installing_them_once() -> None:
-    from fwp_fairseq.checkpoint_options import check_options_of_checkpoints
-    from fwp_fairseq.resuming import make_resuming_exact
-    from fwp_fairseq.saving import protect_checkpoint_saving
-
     before = dict(vars(checkpoint_utils))
-    for install in (check_options_of_checkpoints, make_resuming_exact, protect_checkpoint_saving):
-        install()
+    fairseq_mends.install()
     assert dict(vars(checkpoint_utils)) == before

@@ -16,15 +16,13 @@ from conftest import ROOT, Corpus, Run, find_script
 from torch import Tensor
 
 from fwp_fairseq.average_checkpoints import main as average_main
-from fwp_fairseq.checkpoints import load_checkpoint_file
-from fwp_fairseq.saving import protect_checkpoint_saving, replace_atomically, save_whole
+from fwp_fairseq.fairseq_mends.safe_loading import load_checkpoint_file
+from fwp_fairseq.fairseq_mends.whole_checkpoints import replace_atomically, save_whole
 
 pytest.importorskip("fairseq")
 from campaigns import kills  # noqa: E402
 from fairseq import checkpoint_utils, file_io  # noqa: E402
 from tiny_models import build_lm  # noqa: E402
-
-protect_checkpoint_saving()
 
 
 def load(path: Path) -> Any:

@@ -351,7 +351,7 @@ def test_two_processes_train_as_one_with_twice_the_streams_which_can_go_on_from_
 
 
 def test_a_checkpoint_has_what_is_carried_only_within_an_epoch(trained: dict) -> None:
-    from fwp_fairseq.checkpoints import load_checkpoint_file
+    from fwp_fairseq.fairseq_mends.safe_loading import load_checkpoint_file
 
     with open(trained["folder"] / "stretch" / "checkpoint_last.pt", "rb") as file:
         state = load_checkpoint_file(file)["extra_state"]

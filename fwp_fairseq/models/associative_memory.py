@@ -22,8 +22,9 @@ from fairseq.models import BaseFairseqModel, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fwp_fairseq.modules.fast_weight_config import ATTENTION_KINDS, check_backend
+from fwp_fairseq.modules.fast_weight_config import check_backend
 from fwp_fairseq.modules.key_features import FEATURE_MAPS, KeyFeatures, check_feature_options
+from fwp_fairseq.modules.places import ATTENTION_KINDS
 from fwp_fairseq.ops import (
     BACKENDS,
     UPDATE_RULES,

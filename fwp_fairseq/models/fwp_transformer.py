@@ -7,7 +7,6 @@ from dataclasses import field, fields, is_dataclass, make_dataclass
 from typing import Any, Optional, cast
 
 import torch
-from fairseq.dataclass import ChoiceEnum
 from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_architecture
 from fairseq.models.transformer import (
     TransformerConfig,
@@ -21,27 +20,12 @@ from torch import Tensor, nn
 from fwp_fairseq.modules import FastWeightAttention, FastWeightConfig, FastWeightDecoderLayer, FastWeightEncoderLayer
 from fwp_fairseq.modules.carried_state import CarriesState
 from fwp_fairseq.modules.fast_weight_attention import IncrementalState
-from fwp_fairseq.modules.fast_weight_config import ATTENTION_KINDS
-from fwp_fairseq.modules.fast_weight_layers import (
-    CROSS_ATTENTION,
-    DECODER_SELF_ATTENTION,
-    ENCODER_SELF_ATTENTION,
-    PLACES,
-    wrap_layer,
-)
+from fwp_fairseq.modules.fast_weight_layers import wrap_layer
 from fwp_fairseq.modules.few_rows_linear import use_few_rows_linear
+from fwp_fairseq.modules.places import ATTENTION_KINDS, PLACE_FIELDS, PLACES, AttentionKind
 
 # Name in the incremental state of what the decoder has read ahead.
 _AHEAD = "read_ahead"
-
-AttentionKind = ChoiceEnum(list(ATTENTION_KINDS))
-
-PLACE_FIELDS: dict[str, Any] = {
-    ENCODER_SELF_ATTENTION: field(default="softmax", metadata={"help": "attention of the encoder"}),
-    DECODER_SELF_ATTENTION: field(default="fast-weight", metadata={"help": "causal self-attention of the decoder"}),
-    CROSS_ATTENTION: field(default="softmax", metadata={"help": "attention of the decoder to the encoder"}),
-}
-
 
 # Sizes that follow another one unless they are given, as in fairseq's architectures.
 _FOLLOWS = {

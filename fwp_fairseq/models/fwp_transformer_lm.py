@@ -14,8 +14,6 @@ from fairseq.modules import AdaptiveInput, CharacterTokenEmbedder
 from torch import nn
 
 from fwp_fairseq.models.fwp_transformer import (
-    PLACE_FIELDS,
-    AttentionKind,
     FWPTransformerDecoder,
     NamesWhatDoesNotFit,
     attach_fast_weights,
@@ -23,7 +21,7 @@ from fwp_fairseq.models.fwp_transformer import (
     size_that_follows,
 )
 from fwp_fairseq.modules import FastWeightConfig
-from fwp_fairseq.modules.fast_weight_layers import DECODER_SELF_ATTENTION
+from fwp_fairseq.modules.places import DECODER_SELF_ATTENTION, PLACE_FIELDS, AttentionKind
 
 _FOLLOWS = {"decoder_input_dim": "decoder_embed_dim", "decoder_output_dim": "decoder_embed_dim"}
 

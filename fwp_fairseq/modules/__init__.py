@@ -1,6 +1,6 @@
 """Attention and layers with fast weights, behind fairseq's interfaces."""
 
-from fwp_fairseq._requirements import require_fairseq
+from fwp_fairseq._registration import require_fairseq
 
 require_fairseq()
 

@@ -12,8 +12,6 @@ from fwp_fairseq.ops.fast_weights import choose_backend
 
 logger = logging.getLogger(__name__)
 
-ATTENTION_KINDS = ("softmax", "fast-weight")
-
 
 @dataclass
 class FastWeightConfig(FairseqDataclass):

@@ -1,7 +1,7 @@
 """Transformer layers with fast weights in the places that the model's configuration names.
 
 ``cfg`` is fairseq's TransformerConfig with two more attributes: ``fast_weights``, a FastWeightConfig, and
-``fast_weight_places``, a subset of PLACES.
+``fast_weight_places``, a subset of PLACES (``places``).
 """
 
 from typing import Any
@@ -12,11 +12,7 @@ from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, Trans
 from torch import nn
 
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
-
-ENCODER_SELF_ATTENTION = "encoder_self_attention"
-DECODER_SELF_ATTENTION = "decoder_self_attention"
-CROSS_ATTENTION = "cross_attention"
-PLACES = (ENCODER_SELF_ATTENTION, DECODER_SELF_ATTENTION, CROSS_ATTENTION)
+from fwp_fairseq.modules.places import CROSS_ATTENTION, DECODER_SELF_ATTENTION, ENCODER_SELF_ATTENTION
 
 
 class FastWeightEncoderLayer(TransformerEncoderLayerBase):

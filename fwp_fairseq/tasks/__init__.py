@@ -1,6 +1,6 @@
 """Registered tasks, criterions and schedules. Importing this package registers them; fairseq does so for a user dir."""
 
-from fwp_fairseq._requirements import require_fairseq
+from fwp_fairseq._registration import require_fairseq
 
 require_fairseq()
 

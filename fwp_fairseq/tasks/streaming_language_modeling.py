@@ -9,14 +9,13 @@ The model says what it carries: its decoder has ``carry``, ``cannot_carry_state`
 (``fwp_fairseq.modules.carried_state``).
 """
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import utils
 from fairseq.data import data_utils
 from fairseq.data.indexed_dataset import get_available_dataset_impl
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
@@ -207,8 +206,8 @@ class StreamingLanguageModelingTask(LanguageModelingTask):
 
     # --- Checkpoints -------------------------------------------------------------------------------------------------
 
-    def gather_carried_state(self) -> None:
-        """Bring what all processes carry to the first one. All must call it before that one saves a checkpoint."""
+    def before_checkpoint(self) -> None:
+        """Bring what all processes carry to the first one (``fairseq_mends.every_process_saves`` calls it on each)."""
         self._gathered = None
         if self.training.layers is None or not self.training.within_epoch():
             return
@@ -306,22 +305,3 @@ def _gather(layers: DecoderState) -> Optional[list[DecoderState]]:
     shares: Optional[list[Any]] = [None] * torch.distributed.get_world_size() if first else None
     torch.distributed.gather_object(layers, shares)
     return shares
-
-
-def _gather_before_saving() -> None:
-    """Let every process know that a checkpoint is going to be saved: fairseq asks the first one only."""
-    save = checkpoint_utils.save_checkpoint
-    if hasattr(save, "gathers_carried_state"):
-        return
-
-    @functools.wraps(save)
-    def save_checkpoint(cfg: Any, trainer: Any, epoch_itr: Any, val_loss: Any) -> Any:
-        if not cfg.no_save and isinstance(trainer.task, StreamingLanguageModelingTask):
-            trainer.task.gather_carried_state()
-        return save(cfg, trainer, epoch_itr, val_loss)
-
-    save_checkpoint.gathers_carried_state = True  # type: ignore[attr-defined]
-    checkpoint_utils.save_checkpoint = save_checkpoint
-
-
-_gather_before_saving()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fwp_fairseq.checkpoints import load_checkpoint_file
+from fwp_fairseq.fairseq_mends.safe_loading import load_checkpoint_file
 
 ROOT = Path(__file__).resolve().parents[2]
 

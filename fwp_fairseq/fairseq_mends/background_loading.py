@@ -3,8 +3,11 @@
 fairseq makes batches ready in a daemon thread. When Python ends, such a thread is made to exit where it next wants the
 interpreter, and within torch's C++ that calls std::terminate: a training that was done, and had saved everything, now
 and then ended with SIGABRT.
+
+It can go when fairseq's BackgroundConsumer is joined at the end of a training.
 """
 
+import atexit
 import contextlib
 import queue
 import threading
@@ -12,6 +15,14 @@ import time
 
 # Longer than it takes to make up a batch. After that Python ends as it would have.
 _SECONDS = 60.0
+
+
+CHANGES = ()
+
+
+def install() -> None:
+    """Stop the threads when Python ends."""
+    atexit.register(stop_background_loading)
 
 
 def stop_background_loading() -> None:

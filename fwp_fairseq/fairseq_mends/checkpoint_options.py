@@ -1,6 +1,9 @@
 """A checkpoint goes into a model with the fast weights of its training, or is refused by the flag that differs.
 
-Most rules and feature maps have parameters of the same names and shapes, so torch would load one for the other.
+Most rules and feature maps have parameters of the same names and shapes, so torch would load one for the other, and
+fairseq compares nothing but these.
+
+It can go when fairseq lets a model refuse the options of a checkpoint.
 """
 
 import argparse
@@ -10,13 +13,11 @@ from contextvars import ContextVar
 from dataclasses import fields
 from typing import Any, Optional
 
-from fwp_fairseq.models.fwp_transformer import PLACE_FIELDS
+from fwp_fairseq.fairseq_mends import safe_loading
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
-from fwp_fairseq.modules.fast_weight_layers import (
-    CROSS_ATTENTION,
-    DECODER_SELF_ATTENTION,
-    ENCODER_SELF_ATTENTION,
-)
+from fwp_fairseq.modules.places import CROSS_ATTENTION, DECODER_SELF_ATTENTION, ENCODER_SELF_ATTENTION, PLACE_FIELDS
+
+CHANGES = ("fairseq.checkpoint_utils.load_checkpoint", "fairseq.checkpoint_utils.load_checkpoint_to_cpu")
 
 # The options of the model that is about to take a checkpoint; None: those that the checkpoint has.
 _wanted: ContextVar[Optional[Any]] = ContextVar("wanted", default=None)
@@ -93,12 +94,11 @@ def check_options(state: Any, name: str) -> None:
             )
 
 
-def check_options_of_checkpoints() -> None:
-    """Make fairseq compare the options when it resumes, fine-tunes and generates. A second call changes nothing."""
+def install() -> None:
+    """Make fairseq compare the options when it resumes, fine-tunes and generates."""
     from fairseq import checkpoint_utils
 
-    if getattr(checkpoint_utils, "fwp_checks_options", False):
-        return
+    safe_loading.check_loaded(check_options)
     load_to_train, load_to_cpu = checkpoint_utils.load_checkpoint, checkpoint_utils.load_checkpoint_to_cpu
 
     def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
@@ -111,4 +111,3 @@ def check_options_of_checkpoints() -> None:
 
     checkpoint_utils.load_checkpoint = load_checkpoint
     checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
-    checkpoint_utils.fwp_checks_options = True

@@ -7,6 +7,9 @@ again and others not at all.
 
 And one that had come to its end does not go on. fairseq looks at --max-update and --stop-time-hours after an update
 only: a training that was killed between its last checkpoint and its end, or is started again, made one more.
+
+It can go when fairseq's checkpoints say with which epoch's order their batches were made up, and its training loop
+looks at the limits before an update.
 """
 
 import logging
@@ -15,16 +18,14 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
-def make_resuming_exact() -> None:
-    """Make fairseq resume with the batches of a training that began in epoch 1, and only what is not at its end.
+CHANGES = ("fairseq.checkpoint_utils.load_checkpoint",)
 
-    A second call changes nothing.
-    """
+
+def install() -> None:
+    """Make fairseq resume with the batches of a training that began in epoch 1, and only what is not at its end."""
     from fairseq import checkpoint_utils
     from fairseq.data.iterators import EpochBatchIterator
 
-    if getattr(checkpoint_utils, "fwp_resumes_exactly", False):
-        return
     fairseq_load = checkpoint_utils.load_checkpoint
 
     def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
@@ -45,7 +46,6 @@ def make_resuming_exact() -> None:
         return extra_state, first
 
     checkpoint_utils.load_checkpoint = load_checkpoint
-    checkpoint_utils.fwp_resumes_exactly = True
 
 
 def _why_it_ended(trainer: Any, extra_state: Any) -> str:

@@ -2,7 +2,10 @@
 
 A checkpoint is a pickle, and unpickling calls whatever the file names. torch's ``weights_only`` unpickler calls only
 what is on its list; this module adds to the list what fairseq puts into checkpoints besides tensors, and nothing else,
-and sees to it that fairseq loads in this way whatever the environment or the version of fairseq says.
+and sees to it that fairseq loads in this way whatever the environment or the version of fairseq says. Without that
+fairseq 0.12.3 loads none of its own checkpoints with torch 2.6 and later, or, told to, runs what is in them.
+
+It can go when fairseq loads with weights_only and a list of its own, and evaluates no options.
 """
 
 import argparse
@@ -19,6 +22,8 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
+
+CHANGES = ("fairseq.checkpoint_utils.torch", "fairseq.distributed.utils.torch")
 
 # Arrays of numbers occur in the meters (the n-gram counts of --eval-bleu). Arrays of objects never do.
 _NUMBER_TYPES = [np.dtype(code) for code in ("bool", "i4", "i8", "f4", "f8")]
@@ -127,10 +132,10 @@ def _options_with_calls(*configs: Any) -> Iterator[str]:
 class _TorchWithSafeLoad(types.ModuleType):
     """Stands in for ``torch`` in one module of fairseq: all of torch, but for the way of loading."""
 
-    def __init__(self, *extra_globals: Any, check: Optional[Callable[[Any, str], None]] = None):
+    def __init__(self, *extra_globals: Any):
         super().__init__("torch")
         self._load_file = partial(load_checkpoint_file, extra_globals=extra_globals)
-        self.check = check
+        self.check: Optional[Callable[[Any, str], None]] = None
 
     def _load(self, file: Any, map_location: Any) -> Any:
         state = self._load_file(file, map_location)
@@ -149,21 +154,22 @@ class _TorchWithSafeLoad(types.ModuleType):
         return getattr(torch, name)
 
 
-def protect_checkpoint_loading(check: Optional[Callable[[Any, str], None]] = None) -> None:
-    """Make every load of a checkpoint in fairseq a safe one. A second call changes nothing.
+def check_loaded(check: Callable[[Any, str], None]) -> None:
+    """Call ``check``, which may raise, with the content and the name of every checkpoint that fairseq loads."""
+    from fairseq import checkpoint_utils
 
-    ``check`` is called with the content and the name of every checkpoint that was loaded, and may raise.
-    """
+    checkpoint_utils.torch.check = check
+
+
+def install() -> None:
+    """Make every load of a checkpoint in fairseq a safe one."""
     from fairseq import checkpoint_utils
     from fairseq.distributed import utils as distributed_utils
     from omegaconf import DictConfig, ListConfig
     from omegaconf.base import ContainerMetadata, Metadata
     from omegaconf.nodes import AnyNode
 
-    if isinstance(checkpoint_utils.torch, _TorchWithSafeLoad):
-        checkpoint_utils.torch.check = check or checkpoint_utils.torch.check
-        return
-    checkpoint_utils.torch = _TorchWithSafeLoad(check=check)
+    checkpoint_utils.torch = _TorchWithSafeLoad()
     # When training resumes in several processes, the first one loads the file and sends the others its content, with
     # the configuration as OmegaConf's objects by then and placeholders for the tensors.
     distributed_utils.torch = _TorchWithSafeLoad(

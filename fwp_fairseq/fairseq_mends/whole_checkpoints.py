@@ -3,6 +3,8 @@
 fairseq writes a new checkpoint beside the old one and renames it, but then copies it byte by byte over
 checkpoint_last.pt or checkpoint_best.pt: killed at that, it leaves half a file, with which no training can go on. After
 an error, such as a full disk, it tries again twice, behind what it has already written.
+
+It can go when fairseq renames whole files into place, also for the checkpoints that it copies.
 """
 
 import contextlib
@@ -14,6 +16,8 @@ from typing import Any, BinaryIO, Optional
 
 import torch
 from torch import Tensor
+
+CHANGES = ("fairseq.checkpoint_utils.torch_persistent_save", "fairseq.checkpoint_utils.PathManager")
 
 # What fairseq calls the checkpoint of a training that has failed. It is for looking at, and nothing goes on from it.
 _CRASH = "crash.pt"
@@ -77,13 +81,11 @@ def save_whole(state: dict[str, Any], path: str) -> None:
     replace_atomically(path, lambda file: torch.save(state, file))
 
 
-def protect_checkpoint_saving() -> None:
-    """Make fairseq save in this way. A second call changes nothing."""
+def install() -> None:
+    """Make fairseq save in this way."""
     from fairseq import checkpoint_utils
     from fairseq.file_io import PathManager
 
-    if issubclass(checkpoint_utils.PathManager, _AtomicCopies):
-        return
     fairseq_save = checkpoint_utils.torch_persistent_save
 
     def save(obj: Any, filename: str, async_write: bool = False) -> None:

@@ -2,6 +2,8 @@
 
 Two of them, such as a job that a cluster started again while the first one still ran, would replace each other's
 checkpoints and write into the same unfinished files.
+
+It can go when fairseq locks --save-dir by itself.
 """
 
 import fcntl
@@ -10,6 +12,8 @@ import os
 from typing import Any
 
 logger = logging.getLogger(__name__)
+
+CHANGES = ("fairseq.checkpoint_utils.load_checkpoint",)
 
 _NAME = ".training.lock"
 
@@ -46,12 +50,10 @@ def hold_folder(folder: str) -> None:
     _held.add(path)
 
 
-def keep_to_one_training() -> None:
-    """Make fairseq hold the folder that it saves into, before it reads a checkpoint. A second call changes nothing."""
+def install() -> None:
+    """Make fairseq hold the folder that it saves into, before it reads a checkpoint."""
     from fairseq import checkpoint_utils
 
-    if getattr(checkpoint_utils, "fwp_holds_folder", False):
-        return
     fairseq_load = checkpoint_utils.load_checkpoint
 
     def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
@@ -60,4 +62,3 @@ def keep_to_one_training() -> None:
         return fairseq_load(cfg, trainer, **passthrough_args)
 
     checkpoint_utils.load_checkpoint = load_checkpoint
-    checkpoint_utils.fwp_holds_folder = True
