@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from commands import ROOT, run_forked
 
 # Before anything imports torch, and for the commands too: the tensors of the tests are too small for several threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,8 +30,6 @@ def backends(*without: str) -> pytest.MarkDecorator:
     )
 
 
-ROOT = Path(__file__).resolve().parent.parent
-
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -45,23 +44,29 @@ def find_script(name: str) -> str:
 def run() -> Run:
     """Run a command in the clone; its output is text, and status 0 is asserted unless ``check`` is False.
 
-    The command is a console script and its arguments, or ``python`` and its arguments.
+    The command is a console script and its arguments, or ``python`` and its arguments. With variables of the
+    environment it is started anew; else it is forked from a process that has imported fairseq.
     """
 
     def run(
         command: str, *args: object, check: bool = True, stdin: str = "", cwd: Path = ROOT, **variables: str
     ) -> subprocess.CompletedProcess[str]:
-        program = sys.executable if command == "python" else find_script(command)
-        result = subprocess.run(
-            [program, *map(str, args)],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            cwd=cwd,
-            # A process that is aborted says where it was.
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **variables},
-        )
+        arguments = [*map(str, args)]
+        if variables:
+            program = sys.executable if command == "python" else find_script(command)
+            result = subprocess.run(
+                [program, *arguments],
+                input=stdin,
+                capture_output=True,
+                text=True,
+                timeout=300,
+                cwd=cwd,
+                # A process that is aborted says where it was.
+                env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **variables},
+            )
+        else:
+            program = command if command == "python" else find_script(command)
+            result = run_forked(program, arguments, stdin, cwd)
         assert not check or result.returncode == 0, f"{result.args}\n{result.stdout}\n{result.stderr}"
         return result
 
