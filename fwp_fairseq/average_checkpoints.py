@@ -39,8 +39,8 @@ def average_checkpoints(paths: Sequence[Path]) -> dict[str, Any]:
     """State of the first checkpoint with the arithmetic mean of the parameters of all of them.
 
     Half-precision parameters come out as float32 and integers are rounded down, as in fairseq's script. Raises
-    ValueError: one has other parameters or other shapes than the first, or flags of another value, or a mean is infinite
-    or not a number, though in one of the checkpoints it is finite.
+    ValueError: one has other parameters or other shapes than the first, or flags of another value, or a mean is not
+    finite though one of the checkpoints is.
     """
     state: dict[str, Any] = {}
     total: dict[str, Tensor] = {}

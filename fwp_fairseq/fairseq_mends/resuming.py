@@ -34,8 +34,8 @@ def install() -> None:
             trainer.cfg.optimization.max_epoch = -1
         if type(epoch_itr) is not EpochBatchIterator or epoch_itr.epoch <= 1:
             return extra_state, epoch_itr
-        # Where batches are made up for each epoch or each part of the data, they depend on that alone already. Data sets
-        # that cannot be hashed are of this kind.
+        # Where batches are made up for each epoch or each part of the data, they depend on that alone already, and no
+        # iterator is kept; data sets that cannot be hashed are of this kind.
         iterators = trainer.task.dataset_to_epoch_iter
         kept = [dataset for dataset, iterator in iterators.items() if iterator is epoch_itr]
         if not kept:

@@ -3,9 +3,10 @@
 A checkpoint is a pickle, and unpickling calls whatever the file names. torch's ``weights_only`` unpickler calls only
 what is on its list; this module adds to the list what fairseq puts into checkpoints besides tensors, and nothing else,
 and sees to it that fairseq loads in this way whatever the environment or the version of fairseq says. Without that
-fairseq 0.12.3 loads none of its own checkpoints with torch 2.6 and later, or, told to, runs what is in them. And fairseq
-evaluates some options as Python: a checkpoint in which one of these is more than a value is refused, and so is a training
-that would write one.
+fairseq 0.12.3 loads none of its own checkpoints with torch 2.6 and later, or, told to, runs what is in them.
+
+Some options fairseq evaluates as Python. A checkpoint in which one of them is more than a value is refused, and so is a
+training that would write one.
 
 It can go when fairseq loads with weights_only and a list of its own, and evaluates no options.
 """
@@ -109,20 +110,21 @@ def _check_archive(file: Any) -> None:
     file.seek(start)
 
 
-# The options that fairseq passes to eval, or to its eval_str_list, eval_str_dict or eval_bool: when it builds a model, a
-# criterion, an optimizer or a task. Generation takes them from the checkpoint.
-_EVALUATED = frozenset(
-    """adam_betas adafactor_eps adamax_betas lamb_betas wer_args model_overrides
-    adaptive_input_cutoff adaptive_softmax_cutoff character_filters
-    encoder_layers decoder_layers override_encoder_layers encoder_attention decoder_attention decoder_zero_init
-    self_attention project_input gated_attention downsample pretrained left_pad_source left_pad_target
-    xformers_att_config encoder_xformers_att_config decoder_xformers_att_config
-    pipeline_balance pipeline_devices pipeline_encoder_balance pipeline_encoder_devices pipeline_decoder_balance
-    pipeline_decoder_devices
-    conv_feature_layers conv_aggregator_layers conv_enc_config conv_dec_config feature_encoder_spec
-    vggblock_enc_config transformer_enc_config transformer_dec_config transformer_context transformer_sampling
-    """.split()
-)
+# The options that fairseq passes to eval, or to its eval_str_list, eval_str_dict or eval_bool, when it builds a model, a
+# task, a criterion or an optimizer: generation takes them from the checkpoint.
+_EVALUATED = {
+    *("adam_betas", "adafactor_eps", "adamax_betas", "lamb_betas", "wer_args", "model_overrides"),
+    *("adaptive_input_cutoff", "adaptive_softmax_cutoff", "character_filters"),
+    *("encoder_layers", "decoder_layers", "override_encoder_layers", "decoder_zero_init"),
+    *("encoder_attention", "decoder_attention", "self_attention", "gated_attention"),
+    *("project_input", "downsample", "pretrained", "left_pad_source", "left_pad_target"),
+    *("xformers_att_config", "encoder_xformers_att_config", "decoder_xformers_att_config"),
+    *("pipeline_balance", "pipeline_encoder_balance", "pipeline_decoder_balance"),
+    *("pipeline_devices", "pipeline_encoder_devices", "pipeline_decoder_devices"),
+    *("conv_feature_layers", "conv_aggregator_layers", "conv_enc_config", "conv_dec_config", "feature_encoder_spec"),
+    *("vggblock_enc_config", "transformer_enc_config", "transformer_dec_config"),
+    *("transformer_context", "transformer_sampling"),
+}
 
 # What an expression of numbers, texts, lists and arithmetic is made of. No call is, nor a comprehension, which is as
 # good as one, since it can assign to attributes.
@@ -131,7 +133,7 @@ _VALUES = (
     *(ast.expr_context, ast.operator, ast.unaryop),
 )
 
-# ${oc.create:...}, which makes options of a text: the names of those are not seen.
+# OmegaConf's resolvers, such as ${oc.create:...}, make options of a text: what these are called is not seen.
 _RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
 
 
@@ -146,29 +148,28 @@ def options_with_code(*configs: Any) -> Iterator[str]:
             pending += [(name if name in _EVALUATED else str(key), item) for key, item in value.items()]
         elif isinstance(value, (list, tuple, set)):
             pending += [(name, item) for item in value]
-        elif name in _EVALUATED and not _is_value(value):
-            yield name
-        elif isinstance(value, str) and _RESOLVER.search(value):
+        elif _runs_code(name, value):
             yield name
 
 
-def _is_value(option: Any) -> bool:
-    """Whether eval would do no more with an option than to return a value."""
+def _runs_code(name: str, option: Any) -> bool:
+    if name not in _EVALUATED:
+        return isinstance(option, str) and _RESOLVER.search(option) is not None
     if not isinstance(option, str):
         try:
             memoryview(option)
         except TypeError:
-            return True
+            return False
         # eval takes whatever has bytes in it, in any encoding.
-        return False
-    # Within a text they stand for what may end it: another option, or a quote.
+        return True
+    # Another option may stand for the first, and the second for a quote, so that a text ends where none is seen to.
     if "${" in option or "\\" in option:
-        return False
+        return True
     try:
         tree = ast.parse(option.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return all(isinstance(node, _VALUES) for node in ast.walk(tree))
+        return True
+    return not all(isinstance(node, _VALUES) for node in ast.walk(tree))
 
 
 class _TorchWithSafeLoad(types.ModuleType):

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def of_trainings(name: str, around: Callable[..., Any]) -> None:
-    """Let ``around(original, cfg, trainer, ...)`` answer the calls of ``fairseq.checkpoint_utils.<name>`` by a training.
+    """Let ``around(original, cfg, trainer, ...)`` answer calls of ``fairseq.checkpoint_utils.<name>`` by a training.
 
     A training has fairseq's trainer and all of its configuration. Programs and tests with something of their own in the
     place of either get the original, since nothing is known of what that has.
