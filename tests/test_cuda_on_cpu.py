@@ -206,7 +206,7 @@ def test_an_order_that_points_nowhere_ends_the_kernel(kernels, order, places, go
     features = native.AddressFeatures("none")
 
     def step() -> bool:
-        kernels.step(q, q, v, None, None, None, state, None, order, places, features, erases=False, complement=False)
+        kernels.step(q, q, v, None, None, None, state, None, order, places, features)
         return True
 
     assert in_child(step) == goes_on

@@ -17,11 +17,13 @@ MENDS = (
     "safe_loading",
     "checkpoint_options",
     "whole_checkpoints",
+    "sound_parameters",
     "every_process_saves",
     "resuming",
     "one_training",
     "divergence",
     "background_loading",
+    "quiet_logs",
 )
 
 

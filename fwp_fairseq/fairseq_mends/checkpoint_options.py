@@ -14,6 +14,7 @@ from dataclasses import fields
 from typing import Any, Optional
 
 from fwp_fairseq.fairseq_mends import safe_loading
+from fwp_fairseq.fairseq_mends.trainings import of_trainings
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 from fwp_fairseq.modules.places import CROSS_ATTENTION, DECODER_SELF_ATTENTION, ENCODER_SELF_ATTENTION, PLACE_FIELDS
 
@@ -99,15 +100,15 @@ def install() -> None:
     from fairseq import checkpoint_utils
 
     safe_loading.check_loaded(check_options)
-    load_to_train, load_to_cpu = checkpoint_utils.load_checkpoint, checkpoint_utils.load_checkpoint_to_cpu
+    load_to_cpu = checkpoint_utils.load_checkpoint_to_cpu
 
-    def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
+    def load_checkpoint(load: Any, cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
         with _set(_wanted, trainer.cfg.model):
-            return load_to_train(cfg, trainer, **passthrough_args)
+            return load(cfg, trainer, **passthrough_args)
 
     def load_checkpoint_to_cpu(path: str, arg_overrides: Optional[dict[str, Any]] = None, **options: Any) -> Any:
         with _set(_overrides, arg_overrides):
             return load_to_cpu(path, arg_overrides, **options)
 
-    checkpoint_utils.load_checkpoint = load_checkpoint
+    of_trainings("load_checkpoint", load_checkpoint)
     checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu

@@ -17,10 +17,10 @@ from fairseq.models.transformer import (
 from fairseq.models.transformer import transformer_legacy as fairseq_architectures
 from torch import Tensor, nn
 
-from fwp_fairseq.modules import FastWeightAttention, FastWeightConfig, FastWeightDecoderLayer, FastWeightEncoderLayer
 from fwp_fairseq.modules.carried_state import CarriesState
-from fwp_fairseq.modules.fast_weight_attention import IncrementalState
-from fwp_fairseq.modules.fast_weight_layers import wrap_layer
+from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention, IncrementalState
+from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
+from fwp_fairseq.modules.fast_weight_layers import FastWeightDecoderLayer, FastWeightEncoderLayer, wrap_layer
 from fwp_fairseq.modules.few_rows_linear import use_few_rows_linear
 from fwp_fairseq.modules.places import ATTENTION_KINDS, PLACE_FIELDS, PLACES, AttentionKind
 

@@ -20,7 +20,7 @@ from fwp_fairseq.models.fwp_transformer import (
     resolve_sizes,
     size_that_follows,
 )
-from fwp_fairseq.modules import FastWeightConfig
+from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 from fwp_fairseq.modules.places import DECODER_SELF_ATTENTION, PLACE_FIELDS, AttentionKind
 
 _FOLLOWS = {"decoder_input_dim": "decoder_embed_dim", "decoder_output_dim": "decoder_embed_dim"}

@@ -221,21 +221,18 @@ class FastWeightAttention(AttentionWithState):
         if memory is None:
             memory = query.new_zeros(*heads[:2], self.features.size, self.head_dim, dtype=state_dtype(query.dtype))
             normalizer = memory.new_zeros(*memory.shape[:3], 1) if self.attention_normalization else None
-        q, k, v, write, decay = self._project(query, key, value)
+        q, k, v, *logits = self._project(query, key, value)
+        gates = self._gates_of(*logits, None if padding is None else padding.bool())
         read, places = native.step(
             q.view(heads),
             k.view(heads),
             v.view(heads),
-            write,
-            decay,
-            None if padding is None else padding.bool().view(rows),
+            *(None if gate is None else gate.expand(rows, self.num_heads) for gate in gates),
             memory,
             normalizer,
             buffer.get(_ORDER),
             buffer.get(_PLACES),
             self.features.address_features(),
-            erases=self.rule.erases,
-            complement=self.rule.forgets == "complement",
         )
         self._set_input_buffer(incremental_state, {MEMORY: memory, _NORMALIZER: normalizer, _PLACES: places})
         return read[:, :, None]
@@ -317,11 +314,21 @@ class FastWeightAttention(AttentionWithState):
 
     def _gates(self, key: Tensor, padding: Optional[Tensor]) -> Gates:
         """Scalars of the update rule for (S, B, kdim) keys: (B, H, S), in the state's type."""
-        beta, alpha = (
-            None if projection is None else projection(key).permute(1, 2, 0).to(state_dtype(key.dtype)).sigmoid()
+        logits = (
+            None if projection is None else projection(key).permute(1, 2, 0)
             for projection in (self.write_proj, self.decay_proj)
         )
         padding = None if padding is None else padding.bool()[:, None, :].expand(-1, self.num_heads, -1)
+        return self._gates_of(*logits, padding)
+
+    def _gates_of(
+        self, write_logit: Optional[Tensor], decay_logit: Optional[Tensor], padding: Optional[Tensor]
+    ) -> Gates:
+        """Scalars of the update rule from what is projected, and where padding leaves the memory as it is."""
+        beta, alpha = (
+            None if logit is None else logit.to(state_dtype(logit.dtype)).sigmoid()
+            for logit in (write_logit, decay_logit)
+        )
         return self.rule.gates(beta, alpha, padding)
 
     def _split_heads(self, *projected: Tensor) -> tuple[Tensor, ...]:

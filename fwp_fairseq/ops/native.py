@@ -108,23 +108,20 @@ def step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    strength: Optional[Tensor],
-    kept: Optional[Tensor],
-    padding: Optional[Tensor],
+    write: Optional[Tensor],
+    erase: Optional[Tensor],
+    decay: Optional[Tensor],
     state: Tensor,
     normalizer: Optional[Tensor],
     order: Optional[Tensor],
     places: Optional[Tensor],
     features: AddressFeatures,
-    *,
-    erases: bool,
-    complement: bool,
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """One token of decoding for n hypotheses in one pass over their memories: features, gates, write, read, beam order.
+    """One token of decoding for n hypotheses in one pass over their memories: features, write, read, beam order.
 
-    q, k: (n, H, d_key) and v: (n, H, Dv), as projected; strength, kept: (n, H) or None, the write strength β and the
-    kept share α before their sigmoid; padding: (n), True where the memory stays as it is, or None. ``erases`` and
-    ``complement``: erase = β, decay = 1 − β.
+    q, k: (n, H, d_key) and v: (n, H, Dv), as projected; write, erase, decay: (n, H), or None for 1, 0 and 1, the
+    scalars of the recurrence as ``token_loop.write_token`` has them. With attention normalisation a token counts by
+    what it writes, or, where ``erase`` is given, in full if it writes at all.
 
     ``state`` (S, H, Dk, Dv) and ``normalizer`` (S, H, Dk, 1) are updated in place. ``places`` (m) says where the m rows
     of the last step have their memories (None: row i in place i), and ``order`` (n), n <= S, from which of them each
@@ -134,8 +131,7 @@ def step(
     Returns what is read, (n, H, Dv) in v's type, and the new places (None: row i in place i). Inference only.
     """
     out, moved = torch.ops.fwp_fairseq.step.default(
-        q, k, v, strength, kept, padding, state, normalizer, order, places, *_arguments(features, state),
-        erases, complement,
+        q, k, v, write, erase, decay, state, normalizer, order, places, *_arguments(features, state)
     )  # fmt: skip
     return out, (None if order is None and places is None else moved)
 

@@ -35,7 +35,7 @@ def make_step(rows: int, heads: int, d_key: int, d_v: int, reorder: bool) -> tup
     """A call of the step with the delta rule and DPFP-1, and the memories that it works on."""
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(rows, heads, d, generator=generator) for d in (d_key, d_key, d_v))
-    strength = torch.randn(rows, heads, generator=generator)
+    beta = torch.rand(rows, heads, generator=generator)
     state = torch.zeros(rows, heads, 2 * d_key, d_v)
     features = native.AddressFeatures("dpfp", 1, "sum")
     order = torch.randint(rows, (rows,), generator=generator) if reorder else None
@@ -43,9 +43,7 @@ def make_step(rows: int, heads: int, d_key: int, d_v: int, reorder: bool) -> tup
 
     def step() -> None:
         nonlocal places
-        _, places = native.step(
-            q, k, v, strength, None, None, state, None, order, places, features, erases=True, complement=False
-        )
+        _, places = native.step(q, k, v, beta, beta, None, state, None, order, places, features)
 
     return step, state
 

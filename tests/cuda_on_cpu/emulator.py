@@ -60,10 +60,7 @@ class Step(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_int64) for n in ("rows", "slots", "heads", "dv", "parents")),
         ("features", Features),
-        *((n, Sequence) for n in ("q", "k", "v", "out", "strength", "kept")),
-        ("padding", ctypes.c_void_p),
-        ("erases", ctypes.c_bool),
-        ("complement", ctypes.c_bool),
+        *((n, Sequence) for n in ("q", "k", "v", "out", "write", "erase", "decay")),
         *((n, ctypes.c_void_p) for n in ("state", "normalizer", "order", "places", "new_places")),
     ]
 
@@ -194,17 +191,14 @@ class Kernels:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        strength: Optional[Tensor],
-        kept: Optional[Tensor],
-        padding: Optional[Tensor],
+        write: Optional[Tensor],
+        erase: Optional[Tensor],
+        decay: Optional[Tensor],
         state: Tensor,
         normalizer: Optional[Tensor],
         order: Optional[Tensor],
         places: Optional[Tensor],
         features: AddressFeatures,
-        *,
-        erases: bool,
-        complement: bool,
     ) -> tuple[Tensor, Optional[Tensor]]:
         """``native.step``."""
         out = _empty(v.shape, v.dtype)
@@ -212,12 +206,12 @@ class Kernels:
         address, _held = _features(features, q, state)
         p = Step(rows=q.size(0), slots=state.size(0), heads=q.size(1), dv=v.size(2), features=address)
         p.parents = p.slots if places is None else places.size(0)
-        for name, x in (("q", q), ("k", k), ("v", v), ("out", out), ("strength", strength), ("kept", kept)):
+        gates = (("write", write), ("erase", erase), ("decay", decay))
+        for name, x in (("q", q), ("k", k), ("v", v), ("out", out), *gates):
             if x is not None:
                 setattr(p, name, _token(x))
-        p.erases, p.complement = erases, complement
         for name, x in (
-            ("padding", padding), ("state", state), ("normalizer", normalizer), ("order", order), ("places", places),
+            ("state", state), ("normalizer", normalizer), ("order", order), ("places", places),
             ("new_places", moved),
         ):  # fmt: skip
             setattr(p, name, None if x is None else x.data_ptr())
