@@ -110,8 +110,8 @@ def _check_archive(file: Any) -> None:
     file.seek(start)
 
 
-# The options that fairseq passes to eval, or to its eval_str_list, eval_str_dict or eval_bool, when it builds a model, a
-# task, a criterion or an optimizer: generation takes them from the checkpoint.
+# The options that fairseq passes to eval, or to its eval_str_list, eval_str_dict or eval_bool, when it builds a model,
+# a task, a criterion or an optimizer: generation takes them from the checkpoint.
 _EVALUATED = {
     *("adam_betas", "adafactor_eps", "adamax_betas", "lamb_betas", "wer_args", "model_overrides"),
     *("adaptive_input_cutoff", "adaptive_softmax_cutoff", "character_filters"),
