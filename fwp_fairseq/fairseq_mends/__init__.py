@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from fwp_fairseq._registration import require_fairseq
+
 logger = logging.getLogger(__name__)
 
 # In this order: what a later one wraps is what an earlier one has put there.
 MENDS = (
+    "numpy_2",
     "safe_loading",
     "checkpoint_options",
     "whole_checkpoints",
@@ -46,7 +49,8 @@ def _module(name: str) -> ModuleType:
 
 
 def mends() -> list[Mend]:
-    """All changes, in the order in which they are made."""
+    """All changes, in the order in which they are made. Raises ImportError without fairseq."""
+    require_fairseq()
     return [_describe(name, _module(name)) for name in MENDS]
 
 

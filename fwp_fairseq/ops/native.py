@@ -5,6 +5,8 @@ for another one is never loaded. Without a library everything works with the "ch
 """
 
 import logging
+import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -16,23 +18,38 @@ from fwp_fairseq.ops.numerics import state_dtype
 logger = logging.getLogger(__name__)
 
 LIBRARY_PREFIX = "_native_for_torch_"
-REMEDY = (
-    "pip install --no-build-isolation --force-reinstall --no-deps fwp-fairseq (in a clone: -e .), with a C++ compiler"
-)
+REMEDY = "pip install --force-reinstall --no-deps -e . in a clone of fwp-fairseq, with a C++ compiler"
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
+def copies() -> list[Path]:
+    """Folders of the copies of this package that Python can find, the one in use first."""
+    specs = [PathFinder.find_spec("fwp_fairseq", [entry]) for entry in sys.path]
+    # A clone that is installed by -e is on no path, but known to a finder of its own.
+    specs += [finder.find_spec("fwp_fairseq", None) for finder in sys.meta_path if hasattr(finder, "find_spec")]
+    origins = [Path(__file__).parent] + [Path(spec.origin) for spec in specs if spec is not None and spec.origin]
+    return list(dict.fromkeys(origin.resolve().parent for origin in origins))
+
+
+def library_in(copy: Path) -> Optional[Path]:
+    """The library of a copy of this package for this version of torch."""
+    return next(iter(sorted(copy.glob(f"{LIBRARY_PREFIX}{torch.__version__.split('+')[0].replace('.', '_')}.*"))), None)
+
+
 def _load() -> Optional[str]:
     """Load the library for this version of torch; return why that cannot be, or None."""
-    version = torch.__version__.split("+")[0].replace(".", "_")
-    found = {path.name.split(".")[0]: path for path in sorted(Path(__file__).parent.parent.glob(LIBRARY_PREFIX + "*"))}
-    path = found.get(LIBRARY_PREFIX + version)
+    own, *others = copies()
+    path = library_in(own)
     if path is None:
+        built = next(filter(library_in, others), None)
+        if built is not None:
+            return f"{own} is in use, which has none, and not {built}, which has them; to build them anew: {REMEDY}"
+        found = sorted(own.glob(LIBRARY_PREFIX + "*"))
         if not found:
-            return f"they were not built at installation; to build them: {REMEDY}"
-        others = ", ".join(name.removeprefix(LIBRARY_PREFIX).replace("_", ".") for name in found)
-        return f"they were built for torch {others}, this is torch {torch.__version__}; to build them anew: {REMEDY}"
+            return f"they were not built at installation of {own}; to build them: {REMEDY}"
+        versions = ", ".join(p.name.split(".")[0].removeprefix(LIBRARY_PREFIX).replace("_", ".") for p in found)
+        return f"they were built for torch {versions}, this is torch {torch.__version__}; to build them anew: {REMEDY}"
     try:
         torch.ops.load_library(path)
     except OSError as error:
