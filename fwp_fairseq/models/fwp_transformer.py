@@ -3,6 +3,7 @@
 Everything but the attention modules is fairseq's: this file only says which options there are, and hooks the layers in.
 """
 
+import logging
 from argparse import Namespace
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from typing import Any, Optional, cast
@@ -33,6 +34,8 @@ from fwp_fairseq.modules.places import (
     AttentionKind,
     places_with_fast_weights,
 )
+
+logger = logging.getLogger(__name__)
 
 # Name in the incremental state of what the decoder has read ahead.
 _AHEAD = "read_ahead"
@@ -116,6 +119,9 @@ def attach_fast_weights(cfg: TransformerConfig, args: Any, places: tuple[str, ..
     """Put on ``cfg`` what the layers read: the fast-weight options in ``args`` and the places that have them."""
     cfg.fast_weights = FastWeightConfig.from_args(args)
     cfg.fast_weight_places = places_with_fast_weights(args, places)
+    if CROSS_ATTENTION in cfg.fast_weight_places and cfg.no_cross_attention:
+        cfg.fast_weight_places.remove(CROSS_ATTENTION)
+        logger.warning("--cross-attention fast-weight has no effect in this model: --no-cross-attention leaves it out")
     of_architecture = Namespace()
     ARCH_CONFIG_REGISTRY.get(getattr(args, "_name", None) or getattr(args, "arch", None), vars)(of_architecture)
     cfg.fast_weights.warn_without_effect(cfg.fast_weight_places, vars(of_architecture))
