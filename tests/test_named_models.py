@@ -1,7 +1,7 @@
 """The models of the literature that README names: with its flags they compute what their papers say.
 
-The references below are the equations of Schlag, Irie and Schmidhuber (2021), one token after the other, written without
-this package's operators.
+The references below are the equations of Schlag, Irie and Schmidhuber (2021), one token after the other, without this
+package's operators.
 """
 
 import re
