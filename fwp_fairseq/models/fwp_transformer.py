@@ -103,8 +103,8 @@ class LoadsCheckpoints:
     A checkpoint of other sizes is refused in one sentence, where torch lists all of them.
     """
 
-    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        complete_pruning(self, state_dict, kwargs.get("model_cfg"))
+    def load_state_dict(self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None) -> Any:
+        complete_pruning(self, state_dict, model_cfg)
         for name, own in self.state_dict().items():  # type: ignore[attr-defined]
             given = state_dict.get(name)
             if given is not None and given.shape != own.shape:
@@ -112,7 +112,7 @@ class LoadsCheckpoints:
                     f"{name} has the shape {tuple(given.shape)} in the checkpoint and {tuple(own.shape)} in this "
                     "model: give it the flags and the dictionaries of its training."
                 )
-        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+        return super().load_state_dict(state_dict, strict, model_cfg, args)  # type: ignore[misc]
 
 
 def attach_fast_weights(cfg: TransformerConfig, args: Any, places: tuple[str, ...] = PLACES) -> None:
