@@ -3,6 +3,8 @@
 Everything but the attention modules is fairseq's: this file only says which options there are, and hooks the layers in.
 """
 
+import logging
+from argparse import Namespace
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from typing import Any, Optional, cast
 
@@ -17,12 +19,23 @@ from fairseq.models.transformer import (
 from fairseq.models.transformer import transformer_legacy as fairseq_architectures
 from torch import Tensor, nn
 
+from fwp_fairseq.models.options import complete_pruning, name_dropout, plain_options
 from fwp_fairseq.modules.carried_state import CarriesState
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention, IncrementalState
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 from fwp_fairseq.modules.fast_weight_layers import FastWeightDecoderLayer, FastWeightEncoderLayer, wrap_layer
 from fwp_fairseq.modules.few_rows_linear import use_few_rows_linear
-from fwp_fairseq.modules.places import ATTENTION_KINDS, PLACE_FIELDS, PLACES, AttentionKind
+from fwp_fairseq.modules.places import (
+    CROSS_ATTENTION,
+    DECODER_SELF_ATTENTION,
+    ENCODER_SELF_ATTENTION,
+    PLACE_FIELDS,
+    PLACES,
+    AttentionKind,
+    places_with_fast_weights,
+)
+
+logger = logging.getLogger(__name__)
 
 # Name in the incremental state of what the decoder has read ahead.
 _AHEAD = "read_ahead"
@@ -52,6 +65,9 @@ def _flat_fields(config: type, prefix: str = "") -> list[tuple[str, Any, Any]]:
             flat += _flat_fields(cast(type, option.type), f"{name}_")
         elif name in _FOLLOWS:
             flat.append((name, Optional[int], size_that_follows(_FOLLOWS[name])))
+        elif name.endswith("_layers_to_keep"):
+            # A list in fairseq's configuration, but a string in all that reads it.
+            flat.append((name, Optional[str], field(default=None, metadata=option.metadata)))
         else:
             flat.append((name, option.type, field(default=option.default, metadata=option.metadata)))
     return flat
@@ -81,10 +97,14 @@ def resolve_sizes(args: Any, follows: dict[str, str]) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
 
 
-class NamesWhatDoesNotFit:
-    """Mixed into a model: a checkpoint of other sizes is refused in one sentence, where torch lists all of them."""
+class LoadsCheckpoints:
+    """Mixed into a model: takes the layers that it is to keep of a checkpoint, in one part of the model or in both.
 
-    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+    A checkpoint of other sizes is refused in one sentence, where torch lists all of them.
+    """
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None) -> Any:
+        complete_pruning(self, state_dict, model_cfg)
         for name, own in self.state_dict().items():  # type: ignore[attr-defined]
             given = state_dict.get(name)
             if given is not None and given.shape != own.shape:
@@ -92,20 +112,19 @@ class NamesWhatDoesNotFit:
                     f"{name} has the shape {tuple(given.shape)} in the checkpoint and {tuple(own.shape)} in this "
                     "model: give it the flags and the dictionaries of its training."
                 )
-        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+        return super().load_state_dict(state_dict, strict, model_cfg, args)  # type: ignore[misc]
 
 
 def attach_fast_weights(cfg: TransformerConfig, args: Any, places: tuple[str, ...] = PLACES) -> None:
     """Put on ``cfg`` what the layers read: the fast-weight options in ``args`` and the places that have them."""
     cfg.fast_weights = FastWeightConfig.from_args(args)
-    cfg.fast_weight_places = set()
-    for place in places:
-        kind = str(getattr(args, place, PLACE_FIELDS[place].default))
-        if kind not in ATTENTION_KINDS:
-            flag = place.replace("_", "-")
-            raise ValueError(f"--{flag} is {kind}, allowed are {', '.join(ATTENTION_KINDS)}")
-        if kind == "fast-weight":
-            cfg.fast_weight_places.add(place)
+    cfg.fast_weight_places = places_with_fast_weights(args, places)
+    if CROSS_ATTENTION in cfg.fast_weight_places and cfg.no_cross_attention:
+        cfg.fast_weight_places.remove(CROSS_ATTENTION)
+        logger.warning("--cross-attention fast-weight has no effect in this model: --no-cross-attention leaves it out")
+    of_architecture = Namespace()
+    ARCH_CONFIG_REGISTRY.get(getattr(args, "_name", None) or getattr(args, "arch", None), vars)(of_architecture)
+    cfg.fast_weights.warn_without_effect(cfg.fast_weight_places, vars(of_architecture))
 
 
 class FWPTransformerEncoder(TransformerEncoderBase):
@@ -159,14 +178,6 @@ class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
             isinstance(attention, FastWeightAttention) for attention in self.self_attentions()
         )
 
-    def cannot_carry_state(self) -> Optional[str]:
-        if not self.can_read_ahead():
-            return (
-                "--decoder-self-attention is softmax, which would have to keep the keys and values of all tokens: "
-                "allowed is fast-weight (or the architecture transformer_xl_lm, whose memory has a fixed length)"
-            )
-        return super().cannot_carry_state()
-
     def buffered_future_mask(self, tensor: Tensor) -> Optional[Tensor]:
         """None where no layer looks at it: its size is quadratic in the length."""
         return None if self.can_read_ahead() else super().buffered_future_mask(tensor)
@@ -192,7 +203,7 @@ class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
 
 
 @register_model("fwp_transformer", dataclass=FWPTransformerConfig)
-class FWPTransformerModel(NamesWhatDoesNotFit, TransformerModelBase):
+class FWPTransformerModel(LoadsCheckpoints, TransformerModelBase):
     """Encoder-decoder Transformer with fast weights; with softmax in every place it is fairseq's own."""
 
     @classmethod
@@ -202,10 +213,18 @@ class FWPTransformerModel(NamesWhatDoesNotFit, TransformerModelBase):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "FWPTransformerModel":
+        args = plain_options(cls, args, task)
         resolve_sizes(args, _FOLLOWS)
         cfg = TransformerConfig.from_namespace(args)
         attach_fast_weights(cfg, args)
-        return super().build_model(cfg, task)
+        _check_alignments(cfg, getattr(task, "cfg", None), "load_alignments")
+        model = super().build_model(cfg, task)
+        name_dropout(model)
+        return model
+
+    def prepare_for_inference_(self, cfg: Any) -> None:
+        _check_alignments(self.cfg, cfg.generation, "print_alignment", "replace_unk")
+        super().prepare_for_inference_(cfg)
 
     def set_beam_size(self, beam_size: int) -> None:
         """fairseq's generator calls this of every model that has it, if there are beams."""
@@ -214,12 +233,27 @@ class FWPTransformerModel(NamesWhatDoesNotFit, TransformerModelBase):
                 module.set_beam_size(beam_size)
 
     @classmethod
-    def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Module) -> FWPTransformerEncoder:
+    def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Module) -> nn.Module:
+        if ENCODER_SELF_ATTENTION not in cfg.fast_weight_places:
+            return super().build_encoder(cfg, src_dict, embed_tokens)
         return FWPTransformerEncoder(cfg, src_dict, embed_tokens)
 
     @classmethod
-    def build_decoder(cls, cfg: Any, tgt_dict: Any, embed_tokens: nn.Module) -> FWPTransformerDecoder:
+    def build_decoder(cls, cfg: Any, tgt_dict: Any, embed_tokens: nn.Module) -> nn.Module:
+        if not {DECODER_SELF_ATTENTION, CROSS_ATTENTION} & cfg.fast_weight_places:
+            return super().build_decoder(cfg, tgt_dict, embed_tokens)
         return FWPTransformerDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
+
+
+def _check_alignments(cfg: Any, options: Any, *names: str) -> None:
+    """Raise ValueError if one of these options needs attention weights, and cross-attention has none."""
+    for name in names:
+        value = getattr(options, name, None)
+        if value and CROSS_ATTENTION in cfg.fast_weight_places:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {value}, which needs attention weights, and --cross-attention "
+                "fast-weight has none: allowed is --cross-attention softmax"
+            )
 
 
 # Sizes and dropout of fairseq's architectures of the same names. The first is registered with the model already, but

@@ -25,6 +25,7 @@ from fwp_fairseq.ops import (
     normalized_scan,
     normalized_step,
 )
+from fwp_fairseq.ops.fast_weights import choose_backend
 from fwp_fairseq.ops.numerics import state_dtype
 
 IncrementalState = dict[str, dict[str, Optional[Tensor]]]
@@ -105,7 +106,8 @@ class FastWeightAttention(AttentionWithState):
         # FWM reads through a layer norm (sec. 6.1.2): the bound on its memory bounds what can be read.
         normalize_read = config.read_layer_norm or self.rule.max_norm is not None
         self.read_layer_norm = LayerNorm(self.head_dim) if normalize_read else None
-        self.dropout_module = FairseqDropout(dropout, module_name=self.__class__.__name__)
+        # Under fairseq's name, which --retain-dropout-modules goes by.
+        self.dropout_module = FairseqDropout(dropout, module_name="MultiheadAttention")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -128,7 +130,20 @@ class FastWeightAttention(AttentionWithState):
     def extra_repr(self) -> str:
         reading = "causal" if self.causal else "whole memory"
         normalization = ", attention normalisation" if self.attention_normalization else ""
-        return f"{self.rule.name} rule, {reading}, {self.num_heads} heads of {self.head_dim}{normalization}"
+        heads = f"{self.num_heads} heads of {self.head_dim}{normalization}"
+        backend = f"backend {self.backend}"
+        if self.backend == "auto":
+            weight = next(self.parameters(), torch.empty(0))
+            keys = self.features.size, state_dtype(weight.dtype)
+            backend += f" ({choose_backend('auto', self.rule.max_norm, weight.device.type, *keys)})"
+        return f"{self.rule.name} rule, {reading}, {heads}, {backend}"
+
+    def __prepare_scriptable__(self) -> Any:
+        """torch.jit.script asks every module for what it shall compile in its stead."""
+        raise NotImplementedError(
+            "torch.jit.script cannot compile fast weights: use torch.compile, or train with softmax in all places "
+            "(--encoder-self-attention, --decoder-self-attention, --cross-attention)"
+        )
 
     def forward(
         self,

@@ -52,7 +52,8 @@ class RelativeAttention(AttentionWithState):
         )
         self.content_bias = nn.Parameter(torch.empty(num_heads, 1, self.head_dim))  # u
         self.position_bias = nn.Parameter(torch.empty(num_heads, 1, self.head_dim))  # v
-        self.dropout_module = FairseqDropout(dropout, module_name=self.__class__.__name__)
+        # Under fairseq's name, which --retain-dropout-modules goes by.
+        self.dropout_module = FairseqDropout(dropout, module_name="MultiheadAttention")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

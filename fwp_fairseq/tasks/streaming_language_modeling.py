@@ -5,7 +5,7 @@ the model keeps of the earlier ones goes on from segment to segment, in training
 end at the borders. An epoch begins with nothing. Checkpoints have what is carried, of all processes, so that training
 resumes where it was.
 
-The model says what it carries: its decoder has ``carry``, ``cannot_carry_state`` and ``starting_state``
+The model says what it carries: it has ``cannot_carry_state``, and its decoder ``carry`` and ``starting_state``
 (``fwp_fairseq.modules.carried_state``).
 """
 
@@ -115,9 +115,8 @@ class StreamingLanguageModelingTask(LanguageModelingTask):
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
         """Raises ValueError, saying which flag is in the way, if the model's state cannot be carried."""
         model = super().build_model(args, from_checkpoint)
-        decoder: Any = getattr(model, "decoder", None)
-        if hasattr(decoder, "cannot_carry_state"):
-            reason = decoder.cannot_carry_state()
+        if hasattr(model, "cannot_carry_state"):
+            reason = model.cannot_carry_state()
         else:
             reason = (
                 f"{type(model).__name__} carries nothing from segment to segment: allowed are the architectures "
@@ -126,7 +125,7 @@ class StreamingLanguageModelingTask(LanguageModelingTask):
         if reason is not None:
             raise ValueError(f"--task streaming_language_modeling: {reason}")
         # Models are built for the length of blocks: what has positions must be small enough to be refused.
-        decoder.max_target_positions = self.args.max_target_positions or NO_LIMIT
+        model.decoder.max_target_positions = self.args.max_target_positions or NO_LIMIT
         return model
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
