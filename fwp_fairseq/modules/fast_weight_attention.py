@@ -236,13 +236,14 @@ class FastWeightAttention(AttentionWithState):
         if memory is None:
             memory = query.new_zeros(*heads[:2], self.features.size, self.head_dim, dtype=state_dtype(query.dtype))
             normalizer = memory.new_zeros(*memory.shape[:3], 1) if self.attention_normalization else None
-        q, k, v, *logits = self._project(query, key, value)
-        gates = self._gates_of(*logits, None if padding is None else padding.bool())
+        q, k, v, write_logit, decay_logit = self._project(query, key, value)
+        gates = self._gates_of(write_logit, decay_logit, None if padding is None else padding.bool())
+        gates = Gates(*(None if gate is None else gate.expand(rows, self.num_heads) for gate in gates))
         read, places = native.step(
             q.view(heads),
             k.view(heads),
             v.view(heads),
-            *(None if gate is None else gate.expand(rows, self.num_heads) for gate in gates),
+            *gates,
             memory,
             normalizer,
             buffer.get(_ORDER),
@@ -329,12 +330,12 @@ class FastWeightAttention(AttentionWithState):
 
     def _gates(self, key: Tensor, padding: Optional[Tensor]) -> Gates:
         """Scalars of the update rule for (S, B, kdim) keys: (B, H, S), in the state's type."""
-        logits = (
+        write_logit, decay_logit = (
             None if projection is None else projection(key).permute(1, 2, 0)
             for projection in (self.write_proj, self.decay_proj)
         )
         padding = None if padding is None else padding.bool()[:, None, :].expand(-1, self.num_heads, -1)
-        return self._gates_of(*logits, padding)
+        return self._gates_of(write_logit, decay_logit, padding)
 
     def _gates_of(
         self, write_logit: Optional[Tensor], decay_logit: Optional[Tensor], padding: Optional[Tensor]
