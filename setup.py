@@ -162,7 +162,18 @@ setup(
     extras_require={
         # Not required of everyone, since many have a fairseq from source.
         "fairseq": ["ve-fairseq; python_version>='3.11'", "fairseq; python_version<'3.11'"],
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "babel", "polib", "sacremoses", "matplotlib", "setuptools"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "babel",
+            "polib",
+            "sacremoses",
+            "matplotlib",
+            "setuptools",
+        ],
     },
     classifiers=[
         "Intended Audience :: Science/Research",

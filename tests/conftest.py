@@ -84,6 +84,13 @@ def side_by_side() -> Callable[..., list[subprocess.CompletedProcess[str]]]:
     return side_by_side
 
 
+@pytest.fixture(scope="session")
+def compiled(pytestconfig: pytest.Config) -> Path:
+    """Folder with what earlier runs have compiled."""
+    assert pytestconfig.cache is not None
+    return pytestconfig.cache.mkdir("compiled")
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A corpus in two artificial languages, binarised: every word has one translation, and their order stays."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from compiled import compile_once
 from torch import Tensor
 
 from fwp_fairseq.ops.native import SEGMENT, AddressFeatures
@@ -91,14 +92,17 @@ class LaunchError(RuntimeError):
     """What the emulated device says went wrong."""
 
 
-def compile_kernels(folder: Path, sources: Path = SOURCES, sanitize: bool = False) -> Path:
-    """Build the library of the kernels in ``sources`` into ``folder``; returns its path."""
-    library = folder / "kernels.so"
+def compile_kernels(cache: Path, sources: Path = SOURCES, sanitize: bool = False) -> Path:
+    """Path of the library of the kernels in ``sources``, which is built unless ``cache`` has it."""
     flags = ["-fsanitize=address", "-fno-omit-frame-pointer"] if sanitize else []
     command = ["g++", "-std=c++20", "-O1", "-g1", "-shared", "-fPIC", "-Wno-unknown-pragmas", *flags]
-    command += [f"-I{HERE}", f"-I{sources}", str(HERE / "kernels.cpp"), "-o", str(library)]
-    subprocess.run(command, check=True)
-    return library
+
+    def build(library: Path) -> None:
+        folders = [f"-I{HERE}", f"-I{sources}"]
+        subprocess.run([*command, *folders, str(HERE / "kernels.cpp"), "-o", str(library)], check=True)
+
+    files = [path for folder in (HERE, sources) for path in folder.iterdir() if path.suffix not in (".py", "")]
+    return compile_once(cache, command, files, build)
 
 
 class Kernels:
