@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked_python
 import pytest
-from commands import ROOT, run_forked
 
 # Before anything imports torch, and for the commands too: the tensors of the tests are too small for several threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,6 +30,8 @@ def backends(*without: str) -> pytest.MarkDecorator:
     )
 
 
+ROOT = Path(__file__).resolve().parent.parent
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -45,28 +47,24 @@ def run() -> Run:
     """Run a command in the clone; its output is text, and status 0 is asserted unless ``check`` is False.
 
     The command is a console script and its arguments, or ``python`` and its arguments. With variables of the
-    environment it is started anew; else it is forked from a process that has imported fairseq.
+    environment it is started anew; else by ``forked_python``.
     """
 
     def run(
         command: str, *args: object, check: bool = True, stdin: str = "", cwd: Path = ROOT, **variables: str
     ) -> subprocess.CompletedProcess[str]:
-        arguments = [*map(str, args)]
-        if variables:
-            program = sys.executable if command == "python" else find_script(command)
-            result = subprocess.run(
-                [program, *arguments],
-                input=stdin,
-                capture_output=True,
-                text=True,
-                timeout=300,
-                cwd=cwd,
-                # A process that is aborted says where it was.
-                env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **variables},
-            )
-        else:
-            program = command if command == "python" else find_script(command)
-            result = run_forked(program, arguments, stdin, cwd)
+        forked = [] if variables else [forked_python.path()]
+        program = (forked or [sys.executable]) if command == "python" else [*forked, find_script(command)]
+        result = subprocess.run(
+            [*program, *map(str, args)],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=cwd,
+            # A process that is aborted says where it was.
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **variables},
+        )
         assert not check or result.returncode == 0, f"{result.args}\n{result.stdout}\n{result.stderr}"
         return result
 
