@@ -410,7 +410,7 @@ def prompts_and_continuations(beam):
     prompts[1, 7:] = 1
     generator = SequenceGenerator([model], task.target_dictionary, beam_size=beam, max_len_b=6)
     found = task.inference_step(generator, [model], {"net_input": {"src_tokens": prompts}})
-    assert model.decoder.starting_state is None
+    assert all(attention._carried() is None for attention in model.decoder.self_attentions())
     return model, [(prompt[prompt.ne(1)], hypotheses) for prompt, hypotheses in zip(prompts, found)]
 
 

@@ -5,6 +5,7 @@ Everything but the attention modules is fairseq's: this file only says which opt
 
 import logging
 from argparse import Namespace
+from contextlib import AbstractContextManager
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from typing import Any, Optional, cast
 
@@ -20,7 +21,7 @@ from fairseq.models.transformer import transformer_legacy as fairseq_architectur
 from torch import Tensor, nn
 
 from fwp_fairseq.models.options import complete_pruning, name_dropout, plain_options
-from fwp_fairseq.modules.carried_state import CarriesState
+from fwp_fairseq.modules.carried_state import CarriesState, InThread
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention, IncrementalState
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 from fwp_fairseq.modules.fast_weight_layers import FastWeightDecoderLayer, FastWeightEncoderLayer, wrap_layer
@@ -37,8 +38,9 @@ from fwp_fairseq.modules.places import (
 
 logger = logging.getLogger(__name__)
 
-# Name in the incremental state of what the decoder has read ahead.
+# Names in the incremental state: what the decoder has read ahead, and the modules that have a state.
 _AHEAD = "read_ahead"
+_MODULES = "modules"
 
 # Sizes that follow another one unless they are given, as in fairseq's architectures.
 _FOLLOWS = {
@@ -115,6 +117,19 @@ class LoadsCheckpoints:
         return super().load_state_dict(state_dict, strict, model_cfg, args)  # type: ignore[misc]
 
 
+class PicklesWhenPrepared:
+    """Mixed into a model: fairseq's guard against training once prepared is a local function, which no pickle takes."""
+
+    def make_generation_fast_(self, **kwargs: Any) -> None:
+        super().make_generation_fast_(**kwargs)  # type: ignore[misc]
+        self.train = _refuse_to_train
+
+
+def _refuse_to_train(mode: bool = True) -> None:
+    if mode:
+        raise RuntimeError("cannot train after make_generation_fast")
+
+
 def attach_fast_weights(cfg: TransformerConfig, args: Any, places: tuple[str, ...] = PLACES) -> None:
     """Put on ``cfg`` what the layers read: the fast-weight options in ``args`` and the places that have them."""
     cfg.fast_weights = FastWeightConfig.from_args(args)
@@ -135,14 +150,18 @@ class FWPTransformerEncoder(TransformerEncoderBase):
 
 
 class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
-    """fairseq's Transformer decoder with FastWeightDecoderLayer.
+    """fairseq's Transformer decoder with FastWeightDecoderLayer."""
 
-    ``prefix``, (sentences, P), are words that every output is known to begin with, or None. Incremental decoding then
-    reads them in parallel in its first step, and answers the following ones with what it has.
-    """
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._here = InThread(prefix=None)
 
-    prefix: Optional[Tensor] = None
-    _modules_with_state: Optional[list[Any]] = None
+    def begin_with(self, prefix: Tensor) -> AbstractContextManager[None]:
+        """Within this context, and this thread, every output is known to begin with ``prefix``, (sentences, P).
+
+        Incremental decoding reads it in parallel in its first step, and answers the following ones with what it has.
+        """
+        return self._here.set(prefix=prefix)
 
     def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
         return wrap_layer(FastWeightDecoderLayer(cfg, no_encoder_attn), cfg)
@@ -154,22 +173,29 @@ class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
         incremental_state: Optional[IncrementalState] = None,
         **kwargs: Any,
     ) -> Any:
-        position = prev_output_tokens.size(1) - 1
-        if incremental_state is None or self.prefix is None or position >= self.prefix.size(1):
-            return super().forward(prev_output_tokens, encoder_out, incremental_state, **kwargs)
-        if position == 0:
-            rows = prev_output_tokens.size(0) // self.prefix.size(0)
-            prefix = self.prefix[:, :-1].repeat_interleave(rows, dim=0)
-            self._read_ahead(torch.cat([prev_output_tokens, prefix], dim=1), encoder_out, incremental_state)
+        position, prefix = prev_output_tokens.size(1) - 1, self._here.prefix
+        if incremental_state is not None and prefix is not None and position == 0:
+            # Now it is in the state of this search: not for another one that this one may call.
+            self._here.prefix = None
+            rows = prev_output_tokens.size(0) // prefix.size(0)
+            words = prefix[:, :-1].repeat_interleave(rows, dim=0)
+            self._read_ahead(torch.cat([prev_output_tokens, words], dim=1), encoder_out, incremental_state)
         ahead = self.get_incremental_state(incremental_state, _AHEAD)
+        if ahead is None:
+            return super().forward(prev_output_tokens, encoder_out, incremental_state, **kwargs)
         here = slice(position, position + 1)
-        attn = None if ahead["attn"] is None else ahead["attn"][:, here]
-        return self.output_layer(ahead["features"][:, here]), {"attn": [attn], "inner_states": None}
+        features, attn = ahead["features"], ahead["attn"]
+        if here.stop == features.size(1):
+            self.set_incremental_state(incremental_state, _AHEAD, None)
+        extra = {"attn": [None if attn is None else attn[:, here]], "inner_states": None}
+        return self.output_layer(features[:, here]), extra
 
     def _read_ahead(self, tokens: Tensor, encoder_out: Any, incremental_state: IncrementalState) -> None:
         with self.carry() as state:
             features, extra = self.extract_features(tokens, encoder_out)
-        self.put_state(state, incremental_state, tokens.size(0))
+        for attention, kept in zip(self.self_attentions(), state):
+            buffer = {name: x.contiguous() for name, x in kept.items()}
+            attention._set_input_buffer(incremental_state, buffer)
         self.set_incremental_state(incremental_state, _AHEAD, {"features": features, "attn": extra["attn"][0]})
 
     def can_read_ahead(self) -> bool:
@@ -185,13 +211,14 @@ class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
     def make_generation_fast_(self, **kwargs: Any) -> None:
         """fairseq calls this of every module of a model that is going to generate."""
         use_few_rows_linear(self)
-        self._modules_with_state = [x for x in self.modules() if hasattr(x, "reorder_incremental_state")]
 
-    def reorder_incremental_state_scripting(self, incremental_state: IncrementalState, new_order: Tensor) -> None:
+    def reorder_incremental_state_scripting(self, incremental_state: Any, new_order: Tensor) -> None:
         """As fairseq's, which for every token looks through all modules for those that have a state."""
-        if self._modules_with_state is None:
-            return super().reorder_incremental_state_scripting(incremental_state, new_order)
-        for module in self._modules_with_state:
+        modules = self.get_incremental_state(incremental_state, _MODULES)
+        if modules is None:
+            modules = [x for x in self.modules() if hasattr(x, "reorder_incremental_state")]
+            self.set_incremental_state(incremental_state, _MODULES, modules)
+        for module in modules:
             module.reorder_incremental_state(incremental_state, new_order)
 
     def reorder_incremental_state(self, incremental_state: IncrementalState, new_order: Tensor) -> None:
@@ -203,7 +230,7 @@ class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
 
 
 @register_model("fwp_transformer", dataclass=FWPTransformerConfig)
-class FWPTransformerModel(LoadsCheckpoints, TransformerModelBase):
+class FWPTransformerModel(LoadsCheckpoints, PicklesWhenPrepared, TransformerModelBase):
     """Encoder-decoder Transformer with fast weights; with softmax in every place it is fairseq's own."""
 
     @classmethod
@@ -225,12 +252,6 @@ class FWPTransformerModel(LoadsCheckpoints, TransformerModelBase):
     def prepare_for_inference_(self, cfg: Any) -> None:
         _check_alignments(self.cfg, cfg.generation, "print_alignment", "replace_unk")
         super().prepare_for_inference_(cfg)
-
-    def set_beam_size(self, beam_size: int) -> None:
-        """fairseq's generator calls this of every model that has it, if there are beams."""
-        for module in self.decoder.modules():
-            if isinstance(module, FastWeightAttention):
-                module.set_beam_size(beam_size)
 
     @classmethod
     def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from torch import nn
 from fwp_fairseq.models.fwp_transformer import (
     FWPTransformerDecoder,
     LoadsCheckpoints,
+    PicklesWhenPrepared,
     attach_fast_weights,
     resolve_sizes,
     size_that_follows,
@@ -39,7 +40,7 @@ class LanguageModelConfig(TransformerLanguageModelConfig):
     decoder_output_dim: Optional[int] = size_that_follows("decoder_embed_dim")
 
 
-class LanguageModel(LoadsCheckpoints, TransformerLanguageModel):
+class LanguageModel(LoadsCheckpoints, PicklesWhenPrepared, TransformerLanguageModel):
     """fairseq's transformer_lm with a decoder of another kind, which subclasses build."""
 
     @classmethod

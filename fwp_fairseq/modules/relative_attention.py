@@ -81,7 +81,7 @@ class RelativeAttention(AttentionWithState):
         need_head_weights: bool = False,
     ) -> tuple[Tensor, None]:
         """query: (T, B, embed_dim), which is key and value, too. Returns ((T, B, embed_dim), None)."""
-        memory = self._kept(incremental_state).get(MEMORY)
+        memory = self._kept(incremental_state, query.size(1)).get(MEMORY)
         context = query if memory is None else torch.cat([memory.to(query).transpose(0, 1), query])
         self._keep(incremental_state, {MEMORY: self._last(context)})
 

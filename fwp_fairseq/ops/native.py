@@ -6,6 +6,7 @@ for another one is never loaded. Without a library everything works with the "ch
 
 import logging
 import sys
+from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -166,7 +167,12 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor
 
     It reads the weight once and for n of up to some ten takes the time of that. On a processor; inference only.
     """
-    return torch.ops.fwp_fairseq.few_rows_linear(x, weight, bias)
+    return torch.ops.fwp_fairseq.few_rows_linear.default(x, weight, bias)
+
+
+def few_rows_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Optional[Tensor]]) -> list[Tensor]:
+    """``few_rows_linear`` with the same x for each weight and its bias, at the cost of one call."""
+    return torch.ops.fwp_fairseq.few_rows_linears.default(x, weights, biases)
 
 
 def _arguments(features: AddressFeatures, state: Tensor) -> tuple[Optional[Tensor], str, int, str]:
@@ -178,6 +184,9 @@ def _register() -> None:
     torch.library.register_fake("fwp_fairseq::step", _step_shapes)
     torch.library.register_fake("fwp_fairseq::read", lambda q, state, *_: q.new_empty(*q.shape[:2], state.size(3)))
     torch.library.register_fake("fwp_fairseq::few_rows_linear", lambda x, w, _: x.new_empty(x.size(0), w.size(0)))
+    torch.library.register_fake(
+        "fwp_fairseq::few_rows_linears", lambda x, weights, _: [x.new_empty(x.size(0), w.size(0)) for w in weights]
+    )
     torch.library.register_fake("fwp_fairseq::scan", _scan_shapes)
     torch.library.register_fake("fwp_fairseq::scan_backward", _backward_shapes)
     torch.library.register_autograd("fwp_fairseq::scan", _backward, setup_context=_save)

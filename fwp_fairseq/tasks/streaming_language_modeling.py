@@ -5,12 +5,11 @@ the model keeps of the earlier ones goes on from segment to segment, in training
 end at the borders. An epoch begins with nothing. Checkpoints have what is carried, of all processes, so that training
 resumes where it was.
 
-The model says what it carries: it has ``cannot_carry_state``, and its decoder ``carry`` and ``starting_state``
+The model says what it carries: it has ``cannot_carry_state``, and its decoder ``carry``
 (``fwp_fairseq.modules.carried_state``).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -259,25 +258,16 @@ class StreamingLanguageModelingTask(LanguageModelingTask):
         results = []
         for prompt in prompts:
             prompt = utils.strip_pad(prompt, self.source_dictionary.pad())[None]
-            with _starting_after(models, prompt[:, :-1], self.args.tokens_per_sample):
+            with ExitStack() as stack:
+                for model in models:
+                    state = read_text(model, prompt[:, :-1], self.args.tokens_per_sample)
+                    stack.enter_context(model.decoder.carry(state))
                 last = {"net_input": {"src_tokens": prompt[:, -1:], "src_lengths": prompt.new_ones(1)}}
                 (hypotheses,) = generator.generate(models, last, bos_token=int(prompt[0, -1]))
             for hypothesis in hypotheses:
                 hypothesis["tokens"] = torch.cat([prompt[0, 1:].to(hypothesis["tokens"]), hypothesis["tokens"]])
             results.append(hypotheses)
         return results
-
-
-@contextmanager
-def _starting_after(models: list[Any], read: Tensor, segment_length: int) -> Iterator[None]:
-    """Within this context the models' incremental decoding goes on from the words ``read``, (1, length)."""
-    try:
-        for model in models:
-            model.decoder.starting_state = read_text(model, read, segment_length)
-        yield
-    finally:
-        for model in models:
-            model.decoder.starting_state = None
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from shared import clock, write_csv
 
-from fwp_fairseq.modules.few_rows_linear import FewRowsLinear
+from fwp_fairseq.modules.few_rows_linear import use_few_rows_linear
 from fwp_fairseq.ops import native
 
 # Hypotheses of 8 heads with Dk = 128 (DPFP-1 of 64) and Dv = 64: 256 KiB each.
@@ -107,12 +107,13 @@ def main() -> int:
 
 
 def time_linear(repeats: int) -> list[dict[str, Any]]:
-    """nn.Linear and FewRowsLinear with one row for each hypothesis of a beam, and of 16 sentences."""
+    """nn.Linear as it is and by few_rows_linear, with one row for each hypothesis of a beam, and of 16 sentences."""
     rows = []
     for count in (1, 5, 80):
         for inputs, outputs in LINEAR:
             x = torch.randn(1, count, inputs)
-            layers = [[kind(inputs, outputs) for _ in range(12)] for kind in (torch.nn.Linear, FewRowsLinear)]
+            layers = [torch.nn.ModuleList(torch.nn.Linear(inputs, outputs) for _ in range(12)) for _ in range(2)]
+            use_few_rows_linear(layers[1])
             times: tuple[list[float], list[float]] = ([], [])
             for repetition in range(repeats + 1):
                 for found, group in zip(times, layers):
@@ -132,7 +133,7 @@ def time_linear(repeats: int) -> list[dict[str, Any]]:
             )
             print(
                 f"  linear, {count:>2} rows, {inputs:>4} -> {outputs:>5}: nn.Linear {plain:7.0f} us, "
-                f"FewRowsLinear {ours:7.0f} us, {rows[-1]['gb_per_s']:5.1f} GB/s of weights",
+                f"few_rows_linear {ours:7.0f} us, {rows[-1]['gb_per_s']:5.1f} GB/s of weights",
                 flush=True,
             )
     return rows
