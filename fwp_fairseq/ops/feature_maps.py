@@ -10,14 +10,15 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fwp_fairseq.ops.numerics import smallest_divisor, state_dtype
+from fwp_fairseq.ops.torch_modes import without_autocast
 
 # exp() of a larger exponent would leave float32's range once two features are multiplied and summed.
 _LARGEST_EXPONENT = 40.0
 
 
+@without_autocast
 def elu_plus_one(x: Tensor) -> Tensor:
     """ELU(x) + 1: x + 1 where x > 0, exp(x) elsewhere (eq. 30). Shape: (..., d_key) -> (..., d_key).
 
@@ -27,6 +28,7 @@ def elu_plus_one(x: Tensor) -> Tensor:
     return x.relu() + x.clamp(max=0).exp()
 
 
+@without_autocast
 def dpfp(x: Tensor, nu: int = 1) -> Tensor:
     """Deterministic parameter-free projection (eq. 37). Shape: (..., d_key) -> (..., 2 * d_key * nu).
 
@@ -75,6 +77,7 @@ def draw_favor_projection(
     return (torch.cat(blocks) * lengths).to(dtype or draw_dtype)
 
 
+@without_autocast
 def favor_plus(x: Tensor, projection: Tensor) -> Tensor:
     """Positive random features of the softmax kernel (eq. 31-32). Shape: (..., d_key), (m, d_key) -> (..., 2 * m).
 
@@ -85,35 +88,54 @@ def favor_plus(x: Tensor, projection: Tensor) -> Tensor:
 
 
 class _FavorPlus(torch.autograd.Function):
-    """FAVOR+ in few passes over the features, which are many, forward and backward."""
+    """FAVOR+ in few passes over the features, which are many, forward and backward. Differentiable any number of times.
+
+    Its derivatives keep torch's rules for torch.func: they are differentiable code, and the context is set up apart.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, x, projection):  # type: ignore[no-untyped-def]
+    def forward(x, projection):  # type: ignore[no-untyped-def]
         # Half of each exponent, and the square of the exponential: torch's exp on a processor is ten to thirty times
         # slower where the result is too small for its type, as most are with large keys. Below the floor it is zero.
         numbers = torch.finfo(x.dtype)
         floor = math.log(numbers.tiny * numbers.eps) / 2 - 0.5
         scale = math.log(2 * projection.size(0)) / 4
-        largest = _LARGEST_EXPONENT / 2 - scale
         projected = x @ projection.T / 2
         features = torch.cat([projected, -projected], dim=-1)
         features -= x.square().sum(dim=-1, keepdim=True) / 4 + scale
-        features.clamp_(floor, largest).exp_().square_()
-        ctx.save_for_backward(x, projection, features)
-        ctx.cut_off = math.exp(2 * largest) * (1 - 1e-4)
-        return features
+        return features.clamp_(floor, _LARGEST_EXPONENT / 2 - scale).exp_().square_()
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs, output)
+        ctx.save_for_forward(*inputs, output)
+
+    @staticmethod
+    def _below_cut_off(slope, features):  # type: ignore[no-untyped-def]
+        return slope.masked_fill_(features > math.exp(_LARGEST_EXPONENT) / math.sqrt(features.size(-1)) * (1 - 1e-4), 0)
+
+    @staticmethod
+    @without_autocast
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, projection, features = ctx.saved_tensors
-        grad_exponent = (grad * features).masked_fill_(features > ctx.cut_off, 0)
+        grad_exponent = _FavorPlus._below_cut_off(grad * features, features)
         of_positive, of_negative = grad_exponent.chunk(2, dim=-1)
         grad_projected = of_positive - of_negative
         grad_x = grad_projected @ projection - x * grad_exponent.sum(dim=-1, keepdim=True)
         return grad_x, grad_projected.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
 
+    @staticmethod
+    @without_autocast
+    def jvp(ctx, d_x, d_projection):  # type: ignore[no-untyped-def]
+        x, projection, features = ctx.saved_tensors
+        d_projected = d_x @ projection.T + x @ d_projection.T
+        d_exponent = torch.cat([d_projected, -d_projected], dim=-1) - (x * d_x).sum(dim=-1, keepdim=True)
+        return _FavorPlus._below_cut_off(d_exponent * features, features)
 
+
+@without_autocast
 def favor_plus_normalized(x: Tensor, projection: Tensor) -> Tensor:
     """``sum_normalize(favor_plus(x, projection))`` as softmax([R x; -R x]). Shape: (..., d_key) -> (..., 2 * m).
 
@@ -123,6 +145,7 @@ def favor_plus_normalized(x: Tensor, projection: Tensor) -> Tensor:
     return torch.cat([projected, -projected], dim=-1).softmax(dim=-1)
 
 
+@without_autocast
 def sum_normalize(x: Tensor) -> Tensor:
     """x / sum(x) over the last dimension, for non-negative x (eq. 29). Shape: (..., D) -> (..., D). 0 maps to 0."""
     # float16 has too small a range for sums of features and for a floor that does not bias them.
@@ -130,6 +153,7 @@ def sum_normalize(x: Tensor) -> Tensor:
     return (y / y.sum(dim=-1, keepdim=True).clamp(min=smallest_divisor(y.dtype))).to(x.dtype)
 
 
+@without_autocast
 def l2_normalize(x: Tensor) -> Tensor:
     """x / |x| over the last dimension. Shape: (..., D) -> (..., D). 0 maps to 0.
 
