@@ -118,7 +118,7 @@ def _counting(v: Tensor, gates: Gates) -> tuple[Tensor, Gates]:
 
     Rules that erase count every token that writes at all in full (padding does not); the others count what it writes.
     """
-    ones = torch.ones_like(v[..., :1], dtype=state_dtype(v.dtype))
+    ones = v.new_ones(*v.shape[:-1], 1, dtype=state_dtype(v.dtype))
     write = gates.write
     if gates.erase is not None and write is not None:
         write = (write != 0).to(ones.dtype)
@@ -132,15 +132,15 @@ def _wide(v: Tensor) -> Tensor:
 
 def _with_ones(v: Tensor) -> Tensor:
     v = _wide(v)
-    return torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+    return torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1)
 
 
 def _join(v: Tensor, state: Optional[Tensor], normalizer: Optional[Tensor]) -> Optional[Tensor]:
-    if state is None and normalizer is None:
-        return None
     if state is None:
+        if normalizer is None:
+            return None
         state = normalizer.new_zeros(*normalizer.shape[:-1], v.size(-1))
-    if normalizer is None:
+    elif normalizer is None:
         normalizer = state.new_zeros(*state.shape[:-1], 1)
     return torch.cat([state, normalizer], dim=-1)
 

@@ -54,9 +54,9 @@ def fast_weight_scan(
 
     Returns out (B, H, L, Dv) in v's type and the final state (B, H, Dk, Dv) in float32 (float64 for float64 inputs).
     Raises ValueError on shapes that do not fit, and on options that the backend does not have; RuntimeError where
-    "native" or "fla" is asked for and is not there, and where torch asks for what a backend does not have: second
-    derivatives ("loop" has them), torch.func ("native" and "fla" do not go with it), export of a varying length ("chunk"
-    and "native" do, without a bound). Under autocast the result is the same as without.
+    "native" or "fla" is asked for and is not there, and for what a backend does not have: second derivatives ("loop"
+    has them), torch.func (all but "native" and "fla"), torch.export of a varying length ("chunk" and "native", without
+    max_norm). The result is the same within autocast as without.
     """
     out, state = _run(q, k, v, write, erase, decay, initial_state, backend, max_norm, chunk_size)
     assert out is not None  # there were queries
@@ -141,13 +141,15 @@ def _run(
     name = choose_backend(backend, max_norm, k.device.type, k.size(3), dtype)
     if (name == "loop" or max_norm is not None) and is_exported_for_any(k.size(2)):
         raise RuntimeError(
-            "torch.export of a varying length is for backends 'chunk' and 'native', and not for a memory that is bounded"
-            " after each token (FWM)"
+            "torch.export of a varying length needs backend 'chunk' or 'native', and no bound on the memory (FWM): "
+            "give one length"
         )
     empty = k.numel() == 0 or v.numel() == 0
     if name in _OWN_TYPES and not empty:
         if is_transformed():
-            raise RuntimeError(f"backend is {name!r}, which torch.func and forward mode cannot transform: 'auto' can be")
+            raise RuntimeError(
+                f"backend is {name!r}, which torch.func cannot transform; 'auto', 'chunk' and 'loop' it can"
+            )
         return BACKENDS[name](q, k, v, write, erase, decay, initial_state)
     options: dict[str, Any] = {}
     if max_norm is not None:
@@ -157,21 +159,25 @@ def _run(
     scan: _Scan = chunkwise_bounded.scan if name == "chunk" and max_norm is not None else BACKENDS[name]
     if initial_state is None:
         initial_state = k.new_zeros(state_shape, dtype=dtype)
-    inputs = (None if x is None else x.to(dtype) for x in (q, k, v, write, erase, decay))
     if empty:
-        return _scan_nothing(*inputs, initial_state)
+        scan, options = _scan_nothing, {}
+    inputs = (None if x is None else x.to(dtype) for x in (q, k, v, write, erase, decay))
     return scan(*inputs, initial_state, **options)
 
 
 def _scan_nothing(
-    q: Optional[Tensor], k: Tensor, v: Tensor, *gates_and_state: Optional[Tensor]
+    q: Optional[Tensor],
+    k: Tensor,
+    v: Tensor,
+    write: Optional[Tensor],
+    erase: Optional[Tensor],
+    decay: Optional[Tensor],
+    initial_state: Tensor,
 ) -> tuple[Optional[Tensor], Tensor]:
     """The recurrence where B, H, L, Dk or Dv is 0: sums over nothing, by which every input has a gradient, zero."""
-    *gates, state = gates_and_state
-    assert state is not None
-    for gate in gates:
+    for gate in (write, erase, decay):
         v = v if gate is None else v * gate[..., None]
-    state = state + k.transpose(-1, -2) @ v
+    state = initial_state + k.transpose(-1, -2) @ v
     return None if q is None else q @ state, state
 
 

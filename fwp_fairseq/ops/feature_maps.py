@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fwp_fairseq.ops.numerics import smallest_divisor, state_dtype
-from fwp_fairseq.ops.torch_modes import without_autocast
+from fwp_fairseq.ops.torch_modes import is_transformed, without_autocast
 
 # exp() of a larger exponent would leave float32's range once two features are multiplied and summed.
 _LARGEST_EXPONENT = 40.0
@@ -84,55 +84,42 @@ def favor_plus(x: Tensor, projection: Tensor) -> Tensor:
     exp(-|x|^2 / 2) / sqrt(2 m) * [exp(R x); exp(-R x)], evaluated with one exponential so that neither factor can
     overflow alone; exponents above 40 (features above 2e17) are cut off, to keep the sums that follow finite.
     """
-    return _FavorPlus.apply(x, projection)
+    if not is_transformed():
+        return _FavorPlus.apply(x, projection)
+    scale = math.log(2 * projection.size(0)) / 2
+    projected = x @ projection.T
+    exponents = torch.cat([projected, -projected], dim=-1) - (x.square().sum(dim=-1, keepdim=True) / 2 + scale)
+    return exponents.clamp(max=_LARGEST_EXPONENT - scale).exp()
 
 
 class _FavorPlus(torch.autograd.Function):
-    """FAVOR+ in few passes over the features, which are many, forward and backward. Differentiable any number of times.
-
-    Its derivatives keep torch's rules for torch.func: they are differentiable code, and the context is set up apart.
-    """
-
-    generate_vmap_rule = True
+    """FAVOR+ in few passes over the features, which are many, forward and backward. Its backward pass has one, too."""
 
     @staticmethod
-    def forward(x, projection):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, projection):  # type: ignore[no-untyped-def]
         # Half of each exponent, and the square of the exponential: torch's exp on a processor is ten to thirty times
         # slower where the result is too small for its type, as most are with large keys. Below the floor it is zero.
         numbers = torch.finfo(x.dtype)
         floor = math.log(numbers.tiny * numbers.eps) / 2 - 0.5
         scale = math.log(2 * projection.size(0)) / 4
+        largest = _LARGEST_EXPONENT / 2 - scale
         projected = x @ projection.T / 2
         features = torch.cat([projected, -projected], dim=-1)
         features -= x.square().sum(dim=-1, keepdim=True) / 4 + scale
-        return features.clamp_(floor, _LARGEST_EXPONENT / 2 - scale).exp_().square_()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(*inputs, output)
-        ctx.save_for_forward(*inputs, output)
-
-    @staticmethod
-    def _below_cut_off(slope, features):  # type: ignore[no-untyped-def]
-        return slope.masked_fill_(features > math.exp(_LARGEST_EXPONENT) / math.sqrt(features.size(-1)) * (1 - 1e-4), 0)
+        features.clamp_(floor, largest).exp_().square_()
+        ctx.save_for_backward(x, projection, features)
+        ctx.cut_off = math.exp(2 * largest) * (1 - 1e-4)
+        return features
 
     @staticmethod
     @without_autocast
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, projection, features = ctx.saved_tensors
-        grad_exponent = _FavorPlus._below_cut_off(grad * features, features)
+        grad_exponent = (grad * features).masked_fill_(features > ctx.cut_off, 0)
         of_positive, of_negative = grad_exponent.chunk(2, dim=-1)
         grad_projected = of_positive - of_negative
         grad_x = grad_projected @ projection - x * grad_exponent.sum(dim=-1, keepdim=True)
         return grad_x, grad_projected.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
-
-    @staticmethod
-    @without_autocast
-    def jvp(ctx, d_x, d_projection):  # type: ignore[no-untyped-def]
-        x, projection, features = ctx.saved_tensors
-        d_projected = d_x @ projection.T + x @ d_projection.T
-        d_exponent = torch.cat([d_projected, -d_projected], dim=-1) - (x * d_x).sum(dim=-1, keepdim=True)
-        return _FavorPlus._below_cut_off(d_exponent * features, features)
 
 
 @without_autocast

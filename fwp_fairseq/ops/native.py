@@ -146,6 +146,8 @@ def read(q: Tensor, state: Tensor, normalizer: Optional[Tensor], features: Addre
 
     Row i reads memory i // (n / m). Returns (n, H, Dv) in q's type. Inference only.
     """
+    if q.size(0) == 0:
+        return q.new_empty(*q.shape[:2], state.size(3))  # no rows to divide by the number of memories
     return torch.ops.fwp_fairseq.read.default(q, state, normalizer, *_arguments(features, state))
 
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,10 +20,10 @@ def without_autocast(operator: _Operator) -> _Operator:
 
     @functools.wraps(operator)
     def run(*args: Any, **options: Any) -> Any:
-        device = next(x.device.type for x in (*args, *options.values()) if isinstance(x, Tensor))
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        if not torch._C._is_any_autocast_enabled():
             return operator(*args, **options)
-        with torch.autocast(device, enabled=False):
+        device = next(x.device.type for x in (*args, *options.values()) if isinstance(x, Tensor))
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             return operator(*args, **options)
 
     return cast(_Operator, run)
