@@ -32,6 +32,7 @@ from fwp_fairseq.ops import (
     UPDATE_RULES,
     Gates,
     fast_weight_memory,
+    fast_weight_read,
     fast_weight_scan,
     normalized_memory,
     normalized_read,
@@ -146,7 +147,7 @@ class AssociativeMemory(BaseFairseqModel):
             backend=self.backend,
             max_norm=self.rule.max_norm,
         )
-        out = q @ memory.squeeze(1)
+        out = fast_weight_read(q, memory.squeeze(1))
         return out if self.rule.max_norm is None else F.layer_norm(out, out.shape[-1:])
 
     def _read_weights(self, q: Tensor, k: Tensor, beta: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from fwp_fairseq.modules.key_features import KeyFeatures
 from fwp_fairseq.ops import (
     Gates,
     fast_weight_memory,
+    fast_weight_read,
     fast_weight_scan,
     fast_weight_step,
     native,
@@ -294,7 +295,7 @@ class FastWeightAttention(AttentionWithState):
         beams, sentences = q.size(0), memory.size(0)
         if beams != sentences:
             q = q.unflatten(0, (sentences, -1)).transpose(1, 2).flatten(2, 3)
-        read = q.to(memory.dtype) @ memory if normalizer is None else normalized_read(q, memory, normalizer)
+        read = fast_weight_read(q, memory) if normalizer is None else normalized_read(q, memory, normalizer)
         if beams != sentences:
             read = read.unflatten(2, (beams // sentences, -1)).transpose(1, 2).flatten(0, 1)
         return read.to(query.dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fwp_fairseq.ops.numerics import state_dtype
+from fwp_fairseq.ops.torch_modes import NOT_TWICE, is_exported_for_any
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +108,9 @@ def scan(
     q, k, v = None if q is None else q.to(dtype), k.to(dtype), v.to(dtype)
     gates = (None if x is None else x.to(state_dtype(dtype)) for x in (write, erase, decay))
     differentiable = any(x is not None and x.requires_grad for x in (q, k, v, write, erase, decay, initial_state))
-    out, state, _ = torch.ops.fwp_fairseq.scan(
-        q, k, v, *gates, initial_state, torch.is_grad_enabled() and differentiable
-    )
+    # How many memories are kept for a backward pass depends on the length: none by a program for any length.
+    keep = torch.is_grad_enabled() and differentiable and not is_exported_for_any(k.size(2))
+    out, state, _ = torch.ops.fwp_fairseq.scan(q, k, v, *gates, initial_state, keep)
     return (None if q is None else out), state
 
 
@@ -159,6 +160,8 @@ def read(q: Tensor, state: Tensor, normalizer: Optional[Tensor], features: Addre
 
     Row i reads memory i // (n / m). Returns (n, H, Dv) in q's type. Inference only.
     """
+    if q.size(0) == 0:
+        return q.new_empty(*q.shape[:2], state.size(3))  # no rows to divide by the number of memories
     return torch.ops.fwp_fairseq.read.default(q, state, normalizer, *_arguments(features, state))
 
 
@@ -257,7 +260,7 @@ def _backward(
 
 
 def _second_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("the gradient of fast weights cannot be differentiated again; backend 'loop' can")
+    raise RuntimeError(NOT_TWICE)
 
 
 # Why the compiled operators cannot be used, or None if they can.
