@@ -22,6 +22,7 @@ MENDS = (
     "one_training",
     "divergence",
     "background_loading",
+    "evaluation_in_blocks",
 )
 
 
