@@ -27,6 +27,7 @@ MENDS = (
     "divergence",
     "background_loading",
     "quiet_logs",
+    "evaluation_in_blocks",
 )
 
 

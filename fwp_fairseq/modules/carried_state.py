@@ -141,7 +141,7 @@ class CarriesState:
         """Why segments of one text cannot be read one by one as the whole would be, or None: they can."""
         if self.embed_positions is not None:
             return (
-                "positions would be counted from the start of each segment: "
-                "give --no-token-positional-embeddings, as the paper's models without truncation have it"
+                "without --no-token-positional-embeddings, which the paper's models without truncation have, positions "
+                "would be counted from the start of each segment"
             )
         return None

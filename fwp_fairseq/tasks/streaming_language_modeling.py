@@ -9,6 +9,7 @@ The model says what it carries: it has ``cannot_carry_state``, and its decoder `
 (``fwp_fairseq.modules.carried_state``).
 """
 
+from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -18,7 +19,9 @@ from fairseq import utils
 from fairseq.data import data_utils
 from fairseq.data.indexed_dataset import get_available_dataset_impl
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.models import FairseqLanguageModel
 from fairseq.optim.amp_optimizer import AMPOptimizer
+from fairseq.sequence_scorer import SequenceScorer
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import II
@@ -106,6 +109,8 @@ class StreamingLanguageModelingTask(LanguageModelingTask):
             raise ValueError("--add-bos-token is not for --task streaming_language_modeling: segments go on")
         self.training = CarriedState()
         self.validation = CarriedState()
+        # Of each model of an ensemble, by --score-reference.
+        self.scoring: defaultdict[int, CarriedState] = defaultdict(CarriedState)
         self._restored: Optional[dict[str, Any]] = None
         self._gathered: Optional[dict[str, Any]] = None
 
@@ -113,8 +118,10 @@ class StreamingLanguageModelingTask(LanguageModelingTask):
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
         """Raises ValueError, saying which flag is in the way, if the model's state cannot be carried."""
-        model = super().build_model(args, from_checkpoint)
-        if hasattr(model, "cannot_carry_state"):
+        # Not language_modeling's, which asks translation models for what they do not have.
+        model = super(LanguageModelingTask, self).build_model(args, from_checkpoint)
+        is_language_model = isinstance(model, FairseqLanguageModel)
+        if is_language_model and hasattr(model, "cannot_carry_state"):
             reason = model.cannot_carry_state()
         else:
             reason = (
@@ -122,6 +129,9 @@ class StreamingLanguageModelingTask(LanguageModelingTask):
                 "fwp_transformer_lm*, with fast weights, and transformer_xl*"
             )
         if reason is not None:
+            if from_checkpoint:
+                command = "fairseq-eval-lm" if is_language_model else "fairseq-generate"
+                reason += f". The checkpoint was trained otherwise: use {command}, with the --task of its training"
             raise ValueError(f"--task streaming_language_modeling: {reason}")
         # Models are built for the length of blocks: what has positions must be small enough to be refused.
         model.decoder.max_target_positions = self.args.max_target_positions or NO_LIMIT
@@ -254,6 +264,8 @@ class StreamingLanguageModelingTask(LanguageModelingTask):
         """
         if constraints is not None:
             raise NotImplementedError("--constraints is not for --task streaming_language_modeling")
+        if isinstance(generator, SequenceScorer):
+            return self._score(generator, models, sample)
         prompts = sample["net_input"]["src_tokens"] if prefix_tokens is None else prefix_tokens
         results = []
         for prompt in prompts:
@@ -268,6 +280,22 @@ class StreamingLanguageModelingTask(LanguageModelingTask):
                 hypothesis["tokens"] = torch.cat([prompt[0, 1:].to(hypothesis["tokens"]), hypothesis["tokens"]])
             results.append(hypotheses)
         return results
+
+    def _score(
+        self, scorer: SequenceScorer, models: list[Any], sample: dict[str, Any]
+    ) -> list[list[dict[str, Tensor]]]:
+        """Score the words of sentences, or of the next segment of streams: there, what precedes it is known."""
+        if "position" not in sample:
+            return scorer.generate(models, sample)
+        with ExitStack() as stack:
+            left = [
+                stack.enter_context(model.decoder.carry(self.scoring[number].before(sample)))
+                for number, model in enumerate(models)
+            ]
+            hypotheses = scorer.generate(models, sample)
+        for number, layers in enumerate(left):
+            self.scoring[number].after(layers)
+        return hypotheses
 
 
 @torch.no_grad()
