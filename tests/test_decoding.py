@@ -217,7 +217,6 @@ def test_attention_decodes_as_without_the_compiled_step(config):
     plain = build(config, causal=True)
     plain.load_state_dict(attention.state_dict())
     plain.backend = "chunk"
-    attention.make_generation_fast_()
     states: tuple[dict, dict] = ({}, {})
     orders = [None, [1, 1, 0], [2, 0, 2], [0, 2], None, [1]]
     rows = 3
