@@ -38,7 +38,7 @@ LIGHT = (
 
 def trainer_of(data: Path, folder: Path, *flags: str) -> Trainer:
     """The trainer that fairseq-train would make for these flags."""
-    common = ("--cpu", "--optimizer", "adam", "--batch-size", "200", "--save-dir", str(folder))
+    common = ("--cpu", "--num-workers", "0", "--optimizer", "adam", "--batch-size", "200", "--save-dir", str(folder))
     args = options.parse_args_and_arch(options.get_training_parser(), [str(data), *common, *flags])
     cfg = convert_namespace_to_omegaconf(args)
     task = tasks.setup_task(cfg.task)
@@ -324,6 +324,7 @@ def evaluated_in(folder: Path) -> Iterator[ast.expr]:
                     yield node.args[0]
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
 def test_every_option_that_fairseq_evaluates_is_judged() -> None:
     package = Path(fairseq.__file__).parent
     options, variables = set(), set()
