@@ -41,11 +41,8 @@ def test_a_language_model_gets_blocks_of_its_text(mode: str, sizes: list[int]) -
 
 
 def test_sources_are_sorted_into_buckets_of_lengths() -> None:
-    dictionary = Dictionary()
-    made = LanguagePairDataset(
-        ListDataset(LINES, LINES.sizes), LINES.sizes, dictionary, ListDataset(LINES, LINES.sizes), LINES.sizes,
-        dictionary, num_buckets=2, shuffle=False,
-    )  # fmt: skip
+    side = (ListDataset(LINES, LINES.sizes), LINES.sizes, Dictionary())
+    made = LanguagePairDataset(*side, *side, num_buckets=2, shuffle=False)
     assert [size for _, size in made.buckets] == sorted({int(n) for n in made.bucketed_num_tokens})
     assert all(bucket >= size for bucket, size in zip(made.bucketed_num_tokens, LINES.sizes))
 
@@ -88,18 +85,8 @@ def test_it_is_the_same_on_the_other_side_of_version_2_and_arrays_in_checkpoints
 ) -> None:
     """In a process that has another numpy. That comes from pip's cache or from the network; without either: skipped."""
     site = tmp_path / "site"
-    pip = (
-        "-m",
-        "pip",
-        "install",
-        "--no-deps",
-        "--no-compile",
-        "--only-binary=:all:",
-        "--target",
-        site,
-        f"numpy=={OTHER_NUMPY}",
-    )
-    if run("python", *pip, check=False).returncode != 0:
+    wheel = ("--no-deps", "--no-compile", "--only-binary=:all:", f"numpy=={OTHER_NUMPY}")
+    if run("python", "-m", "pip", "install", "--target", site, *wheel, check=False).returncode != 0:
         pytest.skip(f"numpy {OTHER_NUMPY} could not be installed")
     written = write_arrays(tmp_path / "here.pt")
     path = os.pathsep.join(map(str, (site, ROOT, ROOT / "tests")))
