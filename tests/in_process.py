@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from fairseq import checkpoint_utils, options, tasks
@@ -77,10 +78,10 @@ def configuration(parser: Any, flags: Flags, **given: Any) -> DictConfig:
 
 
 class Log(list):
-    """Records of what was logged."""
+    """Records of what was logged of the progress."""
 
     def stats(self, kind: str) -> list[dict[str, float]]:
-        """Numbers in the lines of this kind: "train_inner" (an update), "train" (an epoch) or "valid"."""
+        """Numbers in the lines of this kind: "train_inner" (an update), "train" (an epoch) or a subset's name."""
         lines = [json.loads(record.getMessage()) for record in self if record.name == kind]
         return [{name: float(value) for name, value in line.items()} for line in lines]
 
@@ -90,17 +91,19 @@ class Log(list):
 
 @contextmanager
 def logged() -> Iterator[Log]:
-    log, root = Log(), logging.getLogger()
+    log, logger = Log(), logging.getLogger("fairseq.logging.progress_bar")
     handler = logging.Handler()
     handler.emit = log.append  # type: ignore[method-assign]
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
-        yield log
+        # It would take the handlers of pytest away.
+        with patch.object(validate, "reset_logging"):
+            yield log
     finally:
-        root.removeHandler(handler)
-        root.setLevel(level)
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def training(flags: Flags, **given: Any) -> DictConfig:
@@ -123,11 +126,12 @@ def trainer_of(flags: Flags, **given: Any) -> Trainer:
     return Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
 
 
-def fairseq_validate(flags: Flags = (), **given: Any) -> dict[str, float]:
+def fairseq_validate(flags: Flags = ("--task", "translation"), valid_subset: str = "valid", **given: Any) -> float:
+    """The loss."""
     flags = ("--log-format", "json", "--batch-size", 8, *flags)
     with logged() as log:
-        validate.main(configuration(options.get_validation_parser, flags, **given))
-    return log.stats("valid")[-1]
+        validate.main(configuration(options.get_validation_parser, flags, valid_subset=valid_subset, **given))
+    return log.stats(valid_subset)[-1][f"{valid_subset}_loss"]
 
 
 def fairseq_generate(flags: Flags = (), **given: Any) -> str:
@@ -144,7 +148,7 @@ def fairseq_interactive(flags: Flags = (), **given: Any) -> str:
 
 def fairseq_eval_lm(flags: Flags = LM_TASK, **given: Any) -> float:
     """Bits per word."""
-    return eval_lm.main(configuration(options.get_eval_lm_parser, flags, **given))["loss"]
+    return float(eval_lm.main(configuration(options.get_eval_lm_parser, flags, **given))["loss"])
 
 
 def hypotheses(output: str) -> list[tuple[int, float, str]]:

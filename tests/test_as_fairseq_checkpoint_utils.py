@@ -1,4 +1,4 @@
-"""What can be made of checkpoints, as fairseq's tests of checkpoint_utils have it: ensembles, pruned models, averages."""
+"""What can be made of checkpoints, as fairseq's test_checkpoint_utils has it: ensembles, pruned models, averages."""
 
 import shutil
 from collections.abc import Callable
