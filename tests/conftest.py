@@ -116,3 +116,25 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, run: Run, side_by_side: Cal
         lambda: run("fairseq-preprocess", "--only-source", *texts, "--destdir", made.language_model),
     )
     return made
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """As ``corpus``, of 6 words: 48 sentences of 2 to 5 words to train on, and 12 each to validate and test."""
+    from fairseq import options
+    from fairseq_cli import preprocess
+
+    folder = tmp_path_factory.mktemp("small_corpus")
+    draw = random.Random(1)
+    for split, size in {"train": 48, "valid": 12, "test": 12}.items():
+        sentences = [draw.choices("uvwxyz", k=draw.randint(2, 5)) for _ in range(size)]
+        (folder / f"{split}.a").write_text("".join(" ".join(s) + "\n" for s in sentences))
+        (folder / f"{split}.b").write_text("".join(" ".join(s).upper() + "\n" for s in sentences))
+    made = Corpus(folder, folder / "translation", folder / "language_model")
+    for ending, destination, flags in (
+        ("", made.translation, ["-s", "a", "-t", "b"]),
+        (".a", made.language_model, ["--only-source"]),
+    ):
+        flags += [f"--{split}pref={folder / split}{ending}" for split in ("train", "valid", "test")]
+        preprocess.main(options.get_preprocessing_parser().parse_args([*flags, "--destdir", str(destination)]))
+    return made
