@@ -226,8 +226,8 @@ class FastWeightAttention(AttentionWithState):
             q.view(heads),
             k.view(heads),
             v.view(heads),
-            write,
-            decay,
+            None if write is None else write[0],
+            None if decay is None else decay[0],
             None if padding is None else padding.bool().view(rows),
             memory,
             normalizer,
@@ -241,10 +241,10 @@ class FastWeightAttention(AttentionWithState):
         return read[:, :, None]
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Any]:
-        """(1, B, .) -> (B, .) of q, k, v and, where the rule has them, of the write strength and the kept share."""
+        """Of (1, B, .): q, k, v and, where the rule has them, the write strength and the kept share."""
         layers = [self.q_proj, self.k_proj, self.v_proj, self.write_proj, self.decay_proj]
         if not (query is key is value):
-            return [None if f is None else f(x)[0] for f, x in zip(layers, (query, key, value, key, key))]
+            return [None if f is None else f(x) for f, x in zip(layers, (query, key, value, key, key))]
         outputs = iter(call_linears([layer for layer in layers if layer is not None], query))
         return [None if layer is None else next(outputs) for layer in layers]
 

@@ -26,26 +26,21 @@ def few_rows_linear(input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Te
     """F.linear, quicker without gradients for few rows in float32 on a processor."""
     if not (_has_few_rows(input) and _is_dense(weight)):
         return F.linear(input, weight, bias)
-    x = input.reshape(-1, input.size(-1))
     if native.unavailable is None:
-        out = native.few_rows_linear(x, weight, bias)
-    else:
-        out = torch.mm(weight, x.t()).t().contiguous()
-        if bias is not None:
-            out += bias
+        return native.few_rows_linear(input, weight, bias)
+    out = torch.mm(weight, input.reshape(-1, input.size(-1)).t()).t().contiguous()
+    if bias is not None:
+        out += bias
     return out.view(*input.shape[:-1], -1)
 
 
 def call_linears(layers: Sequence[nn.Module], input: Tensor) -> Sequence[Tensor]:
-    """The output of each layer for ``input``, (1, rows, in_features), without the first dimension.
-
-    Plain linear layers with the few rows of decoding are computed by one operator.
-    """
+    """The output of each layer for ``input``, (..., in_features): those of plain linear layers by one operator."""
     if native.unavailable is None and _has_few_rows(input):
         parameters = _plain_parameters(layers)
         if parameters is not None:
-            return native.few_rows_linears(input[0], *parameters)
-    return [layer(input)[0] for layer in layers]
+            return native.few_rows_linears(input, *parameters)
+    return [layer(input) for layer in layers]
 
 
 def use_few_rows_linear(module: nn.Module) -> None:
