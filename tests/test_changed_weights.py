@@ -42,6 +42,11 @@ def decoded_and_parallel(model):
         return found, decoder(words, encoder_out)[0]
 
 
+def other(x):
+    """Not twice as much alone, which normalised keys and queries do not show."""
+    return 2 * x + 1
+
+
 class Adapted(nn.Module):
     """A layer with a low-rank addition beside it."""
 
@@ -54,26 +59,26 @@ class Adapted(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
-class Doubled(nn.Linear):
+class OtherLinear(nn.Linear):
     def forward(self, x):
-        return 2 * super().forward(x)
+        return other(super().forward(x))
 
 
-class Twice(nn.Module):
+class Other(nn.Module):
     def forward(self, weight):
-        return 2 * weight
+        return other(weight)
 
 
 def set_forward(owner, name):
     layer = getattr(owner, name)
     forward = layer.forward
-    layer.forward = lambda x: 2 * forward(x)
+    layer.forward = lambda x: other(forward(x))
 
 
 def set_transposed(owner, name):
     """The same memory, read in another way."""
     layer = getattr(owner, name)
-    layer.weight.data = layer.weight.data.t() if layer.in_features == layer.out_features else 2 * layer.weight.data
+    layer.weight.data = layer.weight.data.t() if layer.in_features == layer.out_features else other(layer.weight.data)
 
 
 def set_weight(change):
@@ -86,15 +91,27 @@ def set_weight(change):
 
 def without_parameter(owner, name):
     layer = getattr(owner, name)
-    weight = 2 * layer.weight.detach()
+    weight = other(layer.weight.detach())
     del layer.weight
     layer.weight = weight
+
+
+def without_bias_parameter(owner, name):
+    layer = getattr(owner, name)
+    bias = torch.linspace(-1, 1, layer.out_features)
+    del layer.bias
+    layer.bias = bias
+
+
+def set_function(owner, name, layer):
+    delattr(owner, name)
+    setattr(owner, name, lambda x: other(layer(x)))
 
 
 def load(assign):
     def load(owner, name):
         layer = getattr(owner, name)
-        layer.load_state_dict({key: 2 * x for key, x in layer.state_dict().items()}, assign=assign)
+        layer.load_state_dict({key: other(x) for key, x in layer.state_dict().items()}, assign=assign)
 
     return load
 
@@ -106,21 +123,23 @@ def of_layer(change):
 CHANGES = {
     "pruned": of_layer(lambda x: prune.l1_unstructured(x, "weight", amount=0.9)),
     "pruned for good": of_layer(lambda x: prune.remove(prune.l1_unstructured(x, "weight", amount=0.9), "weight")),
-    "new parameter": set_weight(lambda w: 2 * w),
-    "in place": of_layer(lambda x: x.weight.data.mul_(2)),
-    "new data": of_layer(lambda x: setattr(x.weight, "data", 2 * x.weight.data)),
+    "new parameter": set_weight(other),
+    "in place": of_layer(lambda x: x.weight.data.mul_(2).add_(1)),
+    "new data": of_layer(lambda x: setattr(x.weight, "data", other(x.weight.data))),
     "transposed": set_transposed,
     "no parameter": without_parameter,
-    "sparse": set_weight(lambda w: (2 * w).to_sparse_csr()),
+    "bias no parameter": without_bias_parameter,
+    "a function": lambda owner, name: set_function(owner, name, getattr(owner, name)),
+    "sparse": set_weight(lambda w: other(w).to_sparse_csr()),
     "new layer": lambda owner, name: setattr(owner, name, nn.Linear(*getattr(owner, name).weight.shape[::-1])),
     "wrapped": lambda owner, name: setattr(owner, name, Adapted(getattr(owner, name))),
     "other forward": set_forward,
-    "other class": of_layer(lambda x: setattr(x, "__class__", Doubled)),
-    "parametrized": of_layer(lambda x: parametrize.register_parametrization(x, "weight", Twice())),
+    "other class": of_layer(lambda x: setattr(x, "__class__", OtherLinear)),
+    "parametrized": of_layer(lambda x: parametrize.register_parametrization(x, "weight", Other())),
     "spectral norm": of_layer(lambda x: parametrizations.spectral_norm(x).eval()),
     "old spectral norm": of_layer(lambda x: nn.utils.spectral_norm(x).eval()),
-    "hook": of_layer(lambda x: x.register_forward_hook(lambda module, inputs, output: 2 * output)),
-    "pre-hook": of_layer(lambda x: x.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))),
+    "hook": of_layer(lambda x: x.register_forward_hook(lambda module, inputs, output: other(output))),
+    "pre-hook": of_layer(lambda x: x.register_forward_pre_hook(lambda module, inputs: (other(inputs[0]),))),
     "loaded": load(assign=False),
     "loaded as they are": load(assign=True),
     "no bias": of_layer(lambda x: setattr(x, "bias", None)),
@@ -153,10 +172,10 @@ def test_decoding_is_the_parallel_pass_while_all_layers_have_a_hook():
     model = prepared()
     _, before = decoded_and_parallel(model)
 
-    def double(module, inputs, output):
-        return 2 * output if isinstance(module, nn.Linear) else None
+    def change(module, inputs, output):
+        return other(output) if isinstance(module, nn.Linear) else None
 
-    hook = nn.modules.module.register_module_forward_hook(double)
+    hook = nn.modules.module.register_module_forward_hook(change)
     try:
         found, expected = decoded_and_parallel(model)
     finally:

@@ -32,6 +32,8 @@ def test_the_operator_is_a_linear_layer_of_any_shape(rows, inputs, outputs, bias
     expected = x.double() @ w.double().t() + (0 if b is None else b.double())
     tolerance = 1e-5 if dtype == torch.float32 else 1e-13
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=10 * tolerance)
+    for shape in ((1, rows, inputs), (rows, 1, 1, inputs)):
+        assert native.few_rows_linear(x.view(shape), w, b).equal(found.view(*shape[:-1], outputs))
 
 
 @needs_native
@@ -55,8 +57,9 @@ def test_the_operator_takes_parts_of_a_matrix_and_uses_all_threads_with_the_same
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((torch.randn(2, 3), torch.randn(4, 5), None), "must be \\(rows, inputs\\) and \\(outputs, inputs\\)"),
-        ((torch.randn(3), torch.randn(4, 3), None), "must be \\(rows, inputs\\)"),
+        ((torch.randn(2, 3), torch.randn(4, 5), None), "must be \\(\\.\\.\\., inputs\\) and \\(outputs, inputs\\)"),
+        ((torch.randn(()), torch.randn(4, 3), None), "must be \\(\\.\\.\\., inputs\\)"),
+        ((torch.randn(2, 3), torch.randn(3), None), "must be \\(\\.\\.\\., inputs\\)"),
         ((torch.randn(2, 3), torch.randn(4, 3).double(), None), "weight is Double, x is Float"),
         ((torch.randn(2, 3).half(), torch.randn(4, 3).half(), None), "must be float32 or float64"),
         ((torch.randn(2, 3), torch.randn(4, 3), torch.randn(3)), "bias must be"),
@@ -154,5 +157,5 @@ def test_layers_called_together_are_the_layers(rows, compiled, monkeypatch):
     for _ in range(2):
         with torch.no_grad():
             for layer, out in zip(layers, call_linears(layers, x), strict=True):
-                torch.testing.assert_close(out, layer(x)[0])
+                torch.testing.assert_close(out, layer(x))
         use_few_rows_linear(torch.nn.ModuleList(layers))

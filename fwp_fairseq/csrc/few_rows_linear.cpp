@@ -13,11 +13,11 @@ using at::Tensor;
 
 // One matrix and what its outputs are; holds what the pointers of the problem point to.
 struct Layer {
-    Layer(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias) {
-        const at::ScalarType type = rows.scalar_type();
+    Layer(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+        const at::ScalarType type = x.scalar_type();
         TORCH_CHECK_VALUE(
-            rows.dim() == 2 && weight.dim() == 2 && rows.size(1) == weight.size(1), "x is ", rows.sizes(),
-            " and weight ", weight.sizes(), ", they must be (rows, inputs) and (outputs, inputs)");
+            x.dim() > 0 && weight.dim() == 2 && x.size(-1) == weight.size(1), "x is ", x.sizes(), " and weight ",
+            weight.sizes(), ", they must be (..., inputs) and (outputs, inputs)");
         TORCH_CHECK_VALUE(weight.scalar_type() == type, "weight is ", weight.scalar_type(), ", x is ", type);
         const bool biased = bias && bias->defined();
         TORCH_CHECK_VALUE(
@@ -25,11 +25,14 @@ struct Layer {
             "bias must be (outputs), ", type);
         matrix = fwp::with_rows(weight);
         if (biased) added = bias->contiguous();
-        y = rows.new_empty({rows.size(0), weight.size(0)});
+        auto sizes = x.sizes().vec();
+        const int64_t inputs = sizes.back(), rows = c10::multiply_integers(sizes.begin(), sizes.end() - 1);
+        sizes.back() = weight.size(0);
+        y = x.new_empty(sizes);
         problem = {
-            rows.data_ptr(), matrix.data_ptr(), biased ? added.data_ptr() : nullptr,
-            y.data_ptr(),    rows.size(0),      rows.size(1),
-            weight.size(0),  matrix.stride(0),
+            x.data_ptr(), matrix.data_ptr(), biased ? added.data_ptr() : nullptr,
+            y.data_ptr(), rows,              inputs,
+            sizes.back(), matrix.stride(0),
         };
     }
 
@@ -38,18 +41,18 @@ struct Layer {
 };
 
 // Outputs of all layers are one range, which the threads share.
-void compute(const Tensor& rows, const Layer* layers, size_t count) {
+void compute(const Tensor& x, const Layer* layers, size_t count) {
     int64_t outputs = 0;
     for (size_t i = 0; i < count; ++i) outputs += layers[i].problem.outputs;
-    if (rows.size(0) == 0 || outputs == 0) return;
+    if (outputs == 0 || layers[0].problem.rows == 0) return;
     // Starting threads takes some microseconds, a weight less than a nanosecond.
-    const int64_t grain = std::max<int64_t>(1, 50000 / std::max<int64_t>(1, rows.size(1)));
+    const int64_t grain = std::max<int64_t>(1, 50000 / std::max<int64_t>(1, x.size(-1)));
     at::parallel_for(0, outputs, grain, [&](int64_t begin, int64_t end) {
         for (size_t i = 0; i < count; ++i) {
             const fwp::Linear& p = layers[i].problem;
             const int64_t from = std::max<int64_t>(begin, 0), to = std::min(end, p.outputs);
             if (from < to)
-                rows.scalar_type() == at::kDouble ? fwp::linear<double>(p, from, to) : fwp::linear<float>(p, from, to);
+                x.scalar_type() == at::kDouble ? fwp::linear<double>(p, from, to) : fwp::linear<float>(p, from, to);
             begin -= p.outputs, end -= p.outputs;
         }
     });
@@ -62,9 +65,9 @@ Tensor with_adjacent_rows(const Tensor& x) {
 }
 
 Tensor few_rows_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-    const Tensor rows = with_adjacent_rows(x);
-    const Layer layer(rows, weight, bias);
-    compute(rows, &layer, 1);
+    const Tensor input = with_adjacent_rows(x);
+    const Layer layer(input, weight, bias);
+    compute(input, &layer, 1);
     return layer.y;
 }
 
@@ -72,11 +75,11 @@ std::vector<Tensor> few_rows_linears(
     const Tensor& x, at::TensorList weights, const c10::List<std::optional<Tensor>>& biases) {
     TORCH_CHECK_VALUE(
         weights.size() == biases.size(), "there are ", weights.size(), " weights and ", biases.size(), " biases");
-    const Tensor rows = with_adjacent_rows(x);
+    const Tensor input = with_adjacent_rows(x);
     std::vector<Layer> layers;
     layers.reserve(weights.size());
-    for (size_t i = 0; i < weights.size(); ++i) layers.emplace_back(rows, weights[i], biases.get(i));
-    compute(rows, layers.data(), layers.size());
+    for (size_t i = 0; i < weights.size(); ++i) layers.emplace_back(input, weights[i], biases.get(i));
+    compute(input, layers.data(), layers.size());
     std::vector<Tensor> outputs;
     for (const Layer& layer : layers) outputs.push_back(layer.y);
     return outputs;

@@ -237,7 +237,8 @@ class FastWeightAttention(AttentionWithState):
         if memory is None:
             memory = query.new_zeros(*heads[:2], self.features.size, self.head_dim, dtype=state_dtype(query.dtype))
             normalizer = memory.new_zeros(*memory.shape[:3], 1) if self.attention_normalization else None
-        q, k, v, write_logit, decay_logit = self._project(query, key, value)
+        q, k, v, *logits = self._project(query, key, value)
+        write_logit, decay_logit = (None if logit is None else logit[0] for logit in logits)
         gates = self._gates_of(write_logit, decay_logit, None if padding is None else padding.bool())
         gates = Gates(*(None if gate is None else gate.expand(rows, self.num_heads) for gate in gates))
         read, places = native.step(
@@ -255,10 +256,10 @@ class FastWeightAttention(AttentionWithState):
         return read[:, :, None]
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Any]:
-        """(1, B, .) -> (B, .) of q, k, v and, where the rule has them, of the write strength and the kept share."""
+        """Of (1, B, .): q, k, v and, where the rule has them, the write strength and the kept share."""
         layers = [self.q_proj, self.k_proj, self.v_proj, self.write_proj, self.decay_proj]
         if not (query is key is value):
-            return [None if f is None else f(x)[0] for f, x in zip(layers, (query, key, value, key, key))]
+            return [None if f is None else f(x) for f, x in zip(layers, (query, key, value, key, key))]
         outputs = iter(call_linears([layer for layer in layers if layer is not None], query))
         return [None if layer is None else next(outputs) for layer in layers]
 

@@ -24,28 +24,23 @@ _MOST_ROWS = 64
 
 def few_rows_linear(input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """F.linear, quicker without gradients for few rows in float32 on a processor."""
-    if not (_has_few_rows(input) and _is_dense(weight)):
+    if not (_has_few_rows(input) and _is_dense(weight) and (bias is None or _is_dense(bias))):
         return F.linear(input, weight, bias)
-    x = input.reshape(-1, input.size(-1))
     if native.unavailable is None:
-        out = native.few_rows_linear(x, weight, bias)
-    else:
-        out = torch.mm(weight, x.t()).t().contiguous()
-        if bias is not None:
-            out += bias
+        return native.few_rows_linear(input, weight, bias)
+    out = torch.mm(weight, input.reshape(-1, input.size(-1)).t()).t().contiguous()
+    if bias is not None:
+        out += bias
     return out.view(*input.shape[:-1], -1)
 
 
 def call_linears(layers: Sequence[nn.Module], input: Tensor) -> Sequence[Tensor]:
-    """The output of each layer for ``input``, (1, rows, in_features), without the first dimension.
-
-    Plain linear layers with the few rows of decoding are computed by one operator.
-    """
+    """The output of each layer for ``input``, (..., in_features): those of plain linear layers by one operator."""
     if native.unavailable is None and _has_few_rows(input):
         parameters = _plain_parameters(layers)
         if parameters is not None:
-            return native.few_rows_linears(input[0], *parameters)
-    return [layer(input)[0] for layer in layers]
+            return native.few_rows_linears(input, *parameters)
+    return [layer(input) for layer in layers]
 
 
 def use_few_rows_linear(module: nn.Module) -> None:
@@ -70,21 +65,26 @@ def _plain_parameters(layers: Sequence[Any]) -> Optional[tuple[list[Tensor], lis
 
     It is asked for every layer of a decoder and every token: hence the plain loop over what nn.Module looks up slowly.
     """
-    weights, biases = [], []
+    weights: list[Tensor] = []
+    biases: list[Optional[Tensor]] = []
     for layer in layers:
+        if type(layer) is not nn.Linear:
+            return None
         own = vars(layer)
         forward, parameters = own.get("forward"), own["_parameters"]
-        weight = parameters.get("weight")
         if (
-            type(layer) is not nn.Linear
-            or own["_forward_pre_hooks"]
+            own["_forward_pre_hooks"]
             or own["_forward_hooks"]
             or not (forward is None or getattr(forward, "func", None) is _forward)
-            or not _is_dense(weight)
+            or "weight" not in parameters
+            or "bias" not in parameters
         ):
             return None
+        weight, bias = parameters["weight"], parameters["bias"]
+        if not (_is_dense(weight) and (bias is None or _is_dense(bias))):
+            return None
         weights.append(weight)
-        biases.append(parameters.get("bias"))
+        biases.append(bias)
     return None if _has_any_global_hook() else (weights, biases)
 
 

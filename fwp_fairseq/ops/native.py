@@ -166,9 +166,9 @@ def read(q: Tensor, state: Tensor, normalizer: Optional[Tensor], features: Addre
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    """x Wᵀ + bias: x (n, inputs), weight (outputs, inputs), bias (outputs) or None, of one type, float32 or float64.
+    """x Wᵀ + bias: x (..., inputs), weight (outputs, inputs), bias (outputs) or None, of one type, float32 or float64.
 
-    It reads the weight once and for n of up to some ten takes the time of that. On a processor; inference only.
+    It reads the weight once and for up to some ten rows takes the time of that. On a processor; inference only.
     """
     return torch.ops.fwp_fairseq.few_rows_linear.default(x, weight, bias)
 
@@ -186,9 +186,9 @@ def _arguments(features: AddressFeatures, state: Tensor) -> tuple[Optional[Tenso
 def _register() -> None:
     torch.library.register_fake("fwp_fairseq::step", _step_shapes)
     torch.library.register_fake("fwp_fairseq::read", lambda q, state, *_: q.new_empty(*q.shape[:2], state.size(3)))
-    torch.library.register_fake("fwp_fairseq::few_rows_linear", lambda x, w, _: x.new_empty(x.size(0), w.size(0)))
+    torch.library.register_fake("fwp_fairseq::few_rows_linear", lambda x, w, _: x.new_empty(*x.shape[:-1], w.size(0)))
     torch.library.register_fake(
-        "fwp_fairseq::few_rows_linears", lambda x, weights, _: [x.new_empty(x.size(0), w.size(0)) for w in weights]
+        "fwp_fairseq::few_rows_linears", lambda x, weights, _: [x.new_empty(*x.shape[:-1], w.size(0)) for w in weights]
     )
     torch.library.register_fake("fwp_fairseq::scan", _scan_shapes)
     torch.library.register_fake("fwp_fairseq::scan_backward", _backward_shapes)
