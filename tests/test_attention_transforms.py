@@ -136,10 +136,8 @@ class Sentences(nn.Module):
 @pytest.mark.parametrize(
     "rule, reading, backend, grad",
     [
-        ("sum", "causal", "chunk", False),
         ("gated-delta", "causal", "chunk", False),
         ("gated-delta", "causal", "auto", True),
-        ("gated", "whole", "chunk", False),
         ("delta", "cross", "auto", True),
     ],
 )
