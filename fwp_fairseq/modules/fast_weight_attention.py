@@ -28,6 +28,7 @@ from fwp_fairseq.ops import (
 )
 from fwp_fairseq.ops.fast_weights import choose_backend
 from fwp_fairseq.ops.numerics import state_dtype
+from fwp_fairseq.ops.torch_modes import is_transformed
 
 IncrementalState = dict[str, dict[str, Optional[Tensor]]]
 
@@ -225,6 +226,7 @@ class FastWeightAttention(AttentionWithState):
             and not self.training
             and not torch.is_grad_enabled()
             and native.unavailable is None
+            and not is_transformed()
             and native.supports(query.device.type, self.features.size, state_dtype(query.dtype))
         )
 
