@@ -53,7 +53,7 @@ from fwp_fairseq.fairseq_mends.one_training import hold_folder
 hold_folder(sys.argv[1])
 hold_folder(sys.argv[1])
 if not os.fork():
-    time.sleep(60)
+    time.sleep(300)
     os._exit(0)
 print("held", flush=True)
 time.sleep(300)
