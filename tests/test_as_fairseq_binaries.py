@@ -97,7 +97,6 @@ def test_validation_and_both_ways_of_generation_agree_on_a_trained_model(
     # Guessing among six words and the end of a sentence costs 2.8 bits.
     assert fairseq_validate(**given, valid_subset="test") < 2.5
     generated = fairseq_generate(**given, beam=3)
-    assert bleu(generated) > 5
     interactive = fairseq_interactive(**given, beam=3, input=small_corpus.text / "test.a")
     assert_same_hypotheses(interactive, generated)
     assert len(hypotheses(generated)) == 12
