@@ -96,6 +96,18 @@ def without_parameter(owner, name):
     layer.weight = weight
 
 
+def without_bias_parameter(owner, name):
+    layer = getattr(owner, name)
+    bias = torch.linspace(-1, 1, layer.out_features)
+    del layer.bias
+    layer.bias = bias
+
+
+def set_function(owner, name, layer):
+    delattr(owner, name)
+    setattr(owner, name, lambda x: other(layer(x)))
+
+
 def load(assign):
     def load(owner, name):
         layer = getattr(owner, name)
@@ -116,6 +128,8 @@ CHANGES = {
     "new data": of_layer(lambda x: setattr(x.weight, "data", other(x.weight.data))),
     "transposed": set_transposed,
     "no parameter": without_parameter,
+    "bias no parameter": without_bias_parameter,
+    "a function": lambda owner, name: set_function(owner, name, getattr(owner, name)),
     "sparse": set_weight(lambda w: other(w).to_sparse_csr()),
     "new layer": lambda owner, name: setattr(owner, name, nn.Linear(*getattr(owner, name).weight.shape[::-1])),
     "wrapped": lambda owner, name: setattr(owner, name, Adapted(getattr(owner, name))),

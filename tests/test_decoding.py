@@ -14,6 +14,7 @@ from test_models import generate, sharpened
 from tiny_models import PLACES, places, translation_batch
 from torch import Tensor
 
+from fwp_fairseq.modules.few_rows_linear import use_few_rows_linear
 from fwp_fairseq.modules.key_features import KeyFeatures
 from fwp_fairseq.ops import UPDATE_RULES, Gates, fast_weight_step, native, normalized_read, normalized_step
 
@@ -219,7 +220,7 @@ def test_attention_decodes_as_without_the_compiled_step(config):
     plain = build(config, causal=True)
     plain.load_state_dict(attention.state_dict())
     plain.backend = "chunk"
-    attention.make_generation_fast_()
+    use_few_rows_linear(attention)
     states: tuple[dict, dict] = ({}, {})
     orders = [None, [1, 1, 0], [2, 0, 2], [0, 2], None, [1]]
     rows = 3

@@ -24,7 +24,7 @@ _MOST_ROWS = 64
 
 def few_rows_linear(input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """F.linear, quicker without gradients for few rows in float32 on a processor."""
-    if not (_has_few_rows(input) and _is_dense(weight)):
+    if not (_has_few_rows(input) and _is_dense(weight) and (bias is None or _is_dense(bias))):
         return F.linear(input, weight, bias)
     if native.unavailable is None:
         return native.few_rows_linear(input, weight, bias)
@@ -65,21 +65,26 @@ def _plain_parameters(layers: Sequence[Any]) -> Optional[tuple[list[Tensor], lis
 
     It is asked for every layer of a decoder and every token: hence the plain loop over what nn.Module looks up slowly.
     """
-    weights, biases = [], []
+    weights: list[Tensor] = []
+    biases: list[Optional[Tensor]] = []
     for layer in layers:
+        if type(layer) is not nn.Linear:
+            return None
         own = vars(layer)
         forward, parameters = own.get("forward"), own["_parameters"]
-        weight = parameters.get("weight")
         if (
-            type(layer) is not nn.Linear
-            or own["_forward_pre_hooks"]
+            own["_forward_pre_hooks"]
             or own["_forward_hooks"]
             or not (forward is None or getattr(forward, "func", None) is _forward)
-            or not _is_dense(weight)
+            or "weight" not in parameters
+            or "bias" not in parameters
         ):
             return None
+        weight, bias = parameters["weight"], parameters["bias"]
+        if not (_is_dense(weight) and (bias is None or _is_dense(bias))):
+            return None
         weights.append(weight)
-        biases.append(parameters.get("bias"))
+        biases.append(bias)
     return None if _has_any_global_hook() else (weights, biases)
 
 
