@@ -10,6 +10,7 @@ from conftest import Corpus
 
 pytest.importorskip("fairseq")
 from fairseq import checkpoint_utils  # noqa: E402
+from fairseq.data import ListDataset  # noqa: E402
 from fairseq.data.iterators import EpochBatchIterator  # noqa: E402
 from fairseq.trainer import Trainer  # noqa: E402
 from in_process import KINDS, fairseq_train, same_weights, saved, trainer_of, translation  # noqa: E402
@@ -115,7 +116,11 @@ class TrainerOfItsOwn:
         return {"train_iterator": {"epoch": 2, "iterations_in_epoch": self.iterations, "shuffle": False}}
 
     def get_train_iterator(self, epoch: int, **_: Any) -> EpochBatchIterator:
-        return EpochBatchIterator(range(10), collate_fn=list, batch_sampler=[[i] for i in range(10)], epoch=epoch)
+        batches = [[i] for i in range(10)]
+        return EpochBatchIterator(ListDataset(range(10)), collate_fn=list, batch_sampler=batches, epoch=epoch)
+
+    def lr_step(self, epoch: int) -> None:
+        pass
 
 
 # Fails until the mends leave trainers and configurations alone that are not fairseq's.
