@@ -186,7 +186,6 @@ def test_the_words_that_a_translation_must_have_are_in_it(given: dict[str, Any],
     assert all(words in text for text, words in zip(found, sentences.values(), strict=True))
 
 
-# Fails until layers can be pruned.
 def test_a_pruned_model_generates_with_the_layers_that_it_keeps(given: dict[str, Any], tmp_path: Path) -> None:
     # With all layers it is the same model; with one of two in each half it is another.
     whole = "{'encoder_layers_to_keep': '0,1', 'decoder_layers_to_keep': '0,1'}"
@@ -197,7 +196,6 @@ def test_a_pruned_model_generates_with_the_layers_that_it_keeps(given: dict[str,
     assert len(found) == 12 and found != hypotheses(expected)
 
 
-# Fails until it is said so before the search.
 def test_alignments_are_printed_or_refused_before_anything_is_translated(given: dict[str, Any], kind: str) -> None:
     if kind == "fast weights":
         with pytest.raises(ValueError, match="--print-alignment"):

@@ -40,9 +40,8 @@ def test_an_ensemble_has_the_task_of_its_first_model_and_the_configuration_of_it
     assert (cfg.common.seed, cfg.task.data) == (34, str(other))
 
 
-# Fails until a model has what it was built from, as fairseq's `transformer` has: code of its users reads it.
 def test_a_loaded_model_knows_the_options_that_it_was_built_from(trained: Trained) -> None:
-    models, _, _ = checkpoint_utils.load_model_ensemble([str(trained(dropout=0.25))])
+    models, _ = checkpoint_utils.load_model_ensemble([str(trained(dropout=0.25))])
     assert (models[0].args.encoder_layers, models[0].args.dropout) == (2, 0.25)
 
 
@@ -56,11 +55,10 @@ def layers(side: str, state: dict[str, torch.Tensor]) -> dict[str, dict[str, tor
     return found
 
 
-# Fails until layers can be pruned: a list is set where fairseq has a string.
 def test_a_pruned_model_has_the_layers_that_it_was_to_keep(trained: Trained) -> None:
     path = trained(encoder_layers=3, decoder_layers=3, encoder_layerdrop=0.1, decoder_layerdrop=0.1)
     overrides = {"encoder_layers_to_keep": "0,2", "decoder_layers_to_keep": "1"}
-    models, _, _ = checkpoint_utils.load_model_ensemble([str(path)], arg_overrides=overrides)
+    models, _ = checkpoint_utils.load_model_ensemble([str(path)], arg_overrides=overrides)
     whole, pruned = saved(path)["model"], models[0].state_dict()
     for side, kept in {"encoder": ["0", "2"], "decoder": ["1"]}.items():
         expected = layers(side, whole)
@@ -69,7 +67,6 @@ def test_a_pruned_model_has_the_layers_that_it_was_to_keep(trained: Trained) -> 
         assert all(same_weights(found[str(i)], expected[layer]) for i, layer in enumerate(kept))
 
 
-# Fails until layers can be pruned.
 def test_layers_to_keep_say_how_many_there_are_when_given_to_a_training(trained: Trained) -> None:
     kept = {"encoder_layers_to_keep": "0,2", "decoder_layers_to_keep": "1"}
     model = saved(trained(encoder_layers=3, decoder_layers=3, **kept))["model"]

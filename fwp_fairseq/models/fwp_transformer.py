@@ -246,6 +246,7 @@ class FWPTransformerModel(LoadsCheckpoints, PicklesWhenPrepared, TransformerMode
         attach_fast_weights(cfg, args)
         _check_alignments(cfg, getattr(task, "cfg", None), "load_alignments")
         model = super().build_model(cfg, task)
+        model.args = args  # as fairseq's `transformer` has it, and programs that use it read
         name_dropout(model)
         return model
 
