@@ -213,20 +213,20 @@ def test_the_raw_operator_refuses_what_would_be_read_or_written_out_of_bounds(ch
 
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.rule.max_norm is None], ids=name_of)
 def test_attention_decodes_as_without_the_compiled_step(config):
-    """Also when hypotheses change places, and when padded tokens come."""
+    """Also when hypotheses change places, twice before a step too, and when padded tokens come."""
     attention = build(config, causal=True)
     plain = build(config, causal=True)
     plain.load_state_dict(attention.state_dict())
     plain.backend = "chunk"
     use_few_rows_linear(attention)
     states: tuple[dict, dict] = ({}, {})
-    orders = [None, [1, 1, 0], [2, 0, 2], [0, 2], None, [1]]
+    orders: list[list[list[int]]] = [[], [[1, 1, 0]], [[2, 0, 2]], [[1, 2, 0], [0, 2]], [], [[1]]]
     rows = 3
-    for i, order in enumerate(orders):
-        for module, state in zip((attention, plain), states):
-            if order is not None:
+    for i, before in enumerate(orders):
+        for order in before:
+            rows = len(order)
+            for module, state in zip((attention, plain), states):
                 module.reorder_incremental_state(state, torch.tensor(order))
-        rows = rows if order is None else len(order)
         x = inputs(1, batch=rows, seed=i)
         padding = None if i != 2 else torch.tensor([[True], [False], [False]])
         with torch.no_grad():
