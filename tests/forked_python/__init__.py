@@ -14,14 +14,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
 
-@functools.cache
+_starting = threading.Lock()
+
+
 def path() -> str:
     """Path of a program that takes the arguments of ``python``; its server lives as long as this process."""
+    with _starting:
+        return _start()
+
+
+@functools.cache
+def _start() -> str:
     folder = Path(tempfile.mkdtemp(prefix="python-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     program, address = folder / "python", str(folder / "socket")
