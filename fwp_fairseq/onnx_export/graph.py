@@ -17,9 +17,8 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor
 
-# Sizes of the dimensions that are free in a graph, while it is recorded: not those of any model. Rows are hypotheses,
-# three of each sentence.
-FREE_DIMENSIONS = {"sentences": 10007, "source_length": 10009, "rows": 30021, "rows_before": 10037, "length": 10039}
+# Sizes, while a graph is recorded, of the dimensions that are free in it. Rows are hypotheses, three of each sentence.
+FREE_DIMENSIONS = {"sentences": 2, "source_length": 3, "rows": 6, "rows_before": 5, "length": 3}
 
 # Matrices with a side below this, those of write strengths and kept shares, are not quantised.
 _SMALLEST_QUANTIZED_SIDE = 16
@@ -41,13 +40,13 @@ class CannotExport(ValueError):
 class Value:
     """A tensor of a graph. It has torch.Tensor's methods, as far as ``operators`` knows them.
 
-    ``meta``, without data, has the type and, but for the free dimensions, the shape.
+    ``example`` is such a tensor, of which only the type counts and, but for the free dimensions, the shape.
     """
 
-    def __init__(self, graph: Graph, name: str, meta: Tensor) -> None:
+    def __init__(self, graph: Graph, name: str, example: Tensor) -> None:
         self.graph = graph
         self.name = name
-        self.meta = meta
+        self.example = example
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Value:
@@ -58,12 +57,12 @@ class Value:
         operator = OPERATORS.get(name.strip("_"))
         if operator is None:
             raise CannotExport(f"the model uses {name}, which the export does not know")
-        meta = _map(_meta, function)(args, kwargs)
+        example = _map(_example, function)(args, kwargs)
         graph = max((value.graph for value in _values(args, kwargs)), key=lambda graph: graph.depth)
-        made = Value(graph, operator(graph, meta, *args, **kwargs), meta)
+        made = Value(graph, operator(graph, example, *args, **kwargs), example)
         if name.endswith("_") and not name.startswith("__"):
             # In place: whoever has the value has the new one.
-            args[0].graph, args[0].name, args[0].meta = made.graph, made.name, made.meta
+            args[0].graph, args[0].name, args[0].example = made.graph, made.name, made.example
             return args[0]
         return made
 
@@ -77,11 +76,11 @@ class Value:
 
     @property
     def shape(self) -> torch.Size:
-        return self.meta.shape
+        return self.example.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.meta.dtype
+        return self.example.dtype
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +94,7 @@ class Value:
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        return self.meta.dim()
+        return self.example.dim()
 
 
 def _method(name: str) -> Callable[..., Value]:
@@ -108,8 +107,8 @@ for _name in "add radd sub rsub mul rmul truediv rtruediv matmul rmatmul neg inv
     setattr(Value, f"__{_name}__", _method(f"__{_name}__"))
 
 
-def _meta(x: Any) -> Any:
-    return x.meta if isinstance(x, Value) else x.to("meta") if isinstance(x, Tensor) else x
+def _example(x: Any) -> Any:
+    return x.example if isinstance(x, Value) else x
 
 
 def _map(convert: Callable[[Any], Any], function: Any) -> Callable[[Any, Any], Any]:
@@ -159,7 +158,7 @@ class Graph:
         """An input; a dimension is its size, or the name of a free one."""
         sizes = [FREE_DIMENSIONS[dim] if isinstance(dim, str) else dim for dim in dims]
         self.inputs.append(helper.make_tensor_value_info(name, ONNX_TYPES[dtype], list(dims)))
-        return Value(self, name, torch.empty(sizes, dtype=dtype, device="meta"))
+        return Value(self, name, torch.zeros(sizes, dtype=dtype))
 
     def output(self, name: str, value: Value, dims: Optional[Sequence[Union[int, str]]]) -> None:
         """Make ``value`` an output of this name."""
@@ -176,7 +175,7 @@ class Graph:
 
     def value(self, name: str, *sizes: int, dtype: torch.dtype = torch.float32) -> Value:
         """The output ``name`` of a node, as a value of this shape."""
-        return Value(self, name, torch.empty(sizes, dtype=dtype, device="meta"))
+        return Value(self, name, torch.zeros(sizes, dtype=dtype))
 
     def size(self, value: Value, dim: int) -> str:
         """The size of a dimension, as a list of one number."""
@@ -246,10 +245,10 @@ class Graph:
         """Over the first dimension: body(state, item of each sequence) -> (state, item). The last state, the items."""
         inner = Graph(self.opset, {}, self.quantize, self)
         arguments = []
-        for value in (state, *(Value(self, s.name, s.meta[0]) for s in sequences)):
+        for value in (state, *(Value(self, s.name, s.example[0]) for s in sequences)):
             name = inner._fresh("item")
             inner.inputs.append(helper.make_tensor_value_info(name, ONNX_TYPES[value.dtype], None))
-            arguments.append(Value(inner, name, value.meta))
+            arguments.append(Value(inner, name, value.example))
         results = [result for result in body(*arguments) if result is not None]
         for result in results:
             inner.output(inner._fresh("result"), result, None)
@@ -257,10 +256,10 @@ class Graph:
         made = [self._fresh("Scan") for _ in results]
         given = [value.name for value in (state, *sequences)]
         self.nodes.append(helper.make_node("Scan", given, made, body=proto, num_scan_inputs=len(sequences)))
-        last = Value(self, made[0], results[0].meta)
+        last = Value(self, made[0], results[0].example)
         if len(results) == 1:
             return last, None
-        return last, self.value(made[1], len(sequences[0].meta), *results[1].shape)
+        return last, self.value(made[1], len(sequences[0].example), *results[1].shape)
 
     # --- The whole ---------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from fwp_fairseq.onnx_export.graph import FREE_DIMENSIONS, INT8_ZERO, ONNX_TYPES, CannotExport, Graph, Value
+from fwp_fairseq.onnx_export.graph import INT8_ZERO, ONNX_TYPES, CannotExport, Graph, Value
 
 
 def _typed(graph: Graph, x: Any, dtype: torch.dtype) -> Any:
@@ -31,7 +31,7 @@ def _elementwise(operator: str, swapped: bool = False, compares: bool = False) -
             a, b = b, a
         dtype = out.dtype
         if compares:
-            dtype = torch.result_type(*(x.meta if isinstance(x, Value) else x for x in (a, b)))
+            dtype = torch.result_type(*(x.example if isinstance(x, Value) else x for x in (a, b)))
         return graph.node(operator, _typed(graph, a, dtype), _typed(graph, b, dtype))
 
     return add
@@ -118,7 +118,8 @@ def _flatten(graph: Graph, out: Tensor, x: Value, start_dim: int, end_dim: int =
 
 
 def _reshape(graph: Graph, out: Tensor, x: Value, *sizes: int) -> str:
-    if not set(FREE_DIMENSIONS.values()).isdisjoint(sizes):
+    # Another number may be the size of a free dimension.
+    if not {-1, 1}.issuperset(sizes):
         raise CannotExport(f"the model makes the shape {sizes} of another one, which the export does not know")
     return graph.node("Reshape", x, graph.ints(*sizes))
 

@@ -101,7 +101,7 @@ class Recurrence:
         new = self._with_count(v if write is None else v * write, write, None)
         if decay is not None:
             later = self.graph.node("CumSum", _log(decay), self.graph.constant(2), reverse=1, exclusive=1)
-            new = new * Value(self.graph, later, decay.meta).exp()
+            new = new * Value(self.graph, later, decay.example).exp()
         return k @ new
 
     def _chunks(
