@@ -6,6 +6,7 @@ them and need neither torch nor fairseq. Needs onnx (``pip install 'fwp-fairseq[
 """
 
 import argparse
+import logging
 import pickle
 import sys
 from collections.abc import Sequence
@@ -156,6 +157,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     """Export, and say what was written; leave with a message and status 1 if it cannot be done."""
     parser = build_parser()
     args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING)  # some modules of fairseq would have everything logged
     try:
         import onnx  # noqa: F401
     except ImportError:
