@@ -151,7 +151,21 @@ setup(
     extras_require={
         # Not required of everyone, since many have a fairseq from source. fairseq does not work with numpy 2.
         "fairseq": ["ve-fairseq; python_version>='3.11'", "fairseq; python_version<'3.11'", "numpy<2"],
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "babel", "polib", "sacremoses", "matplotlib", "setuptools"],
+        "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "safetensors"],
+        "test": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "babel",
+            "polib",
+            "sacremoses",
+            "matplotlib",
+            "setuptools",
+            "onnx",
+            "onnxruntime",
+            "safetensors",
+        ],
     },
     classifiers=[
         "Intended Audience :: Science/Research",

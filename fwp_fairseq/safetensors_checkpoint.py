@@ -45,7 +45,7 @@ def as_safetensors(path: Path) -> bytes:
 
 
 def checkpoint_of(path: Path) -> dict[str, Any]:
-    """The state that fairseq loads, of a file that ``as_safetensors`` made. Raises OSError and ValueError: it is none."""
+    """The state that fairseq loads, of a file of ``as_safetensors``. Raises OSError and ValueError: it is none."""
     from safetensors import SafetensorError, safe_open
 
     with open(path, "rb"):

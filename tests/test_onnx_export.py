@@ -134,8 +134,8 @@ LANGUAGE_MODELS = {
     "learned positions": "--decoder-learned-pos",
     "no positions": "--no-token-positional-embeddings --share-decoder-input-output-embed",
     "adaptive softmax": "--adaptive-softmax-cutoff 6,12 --adaptive-softmax-factor 2",
-    "adaptive, tied": "--adaptive-input --adaptive-input-cutoff 6,12 --adaptive-input-factor 1 --adaptive-softmax-factor "
-    "1 --adaptive-softmax-cutoff 6,12 --tie-adaptive-weights --tie-adaptive-proj",
+    "adaptive, tied": "--adaptive-input --adaptive-input-cutoff 6,12 --adaptive-input-factor 1 "
+    "--adaptive-softmax-factor 1 --adaptive-softmax-cutoff 6,12 --tie-adaptive-weights --tie-adaptive-proj",
     "adaptive, factor": "--adaptive-input --adaptive-input-cutoff 6,12 --adaptive-input-factor 2 "
     "--adaptive-softmax-factor 2 --adaptive-softmax-cutoff 6,12 --tie-adaptive-weights",
 }

@@ -327,7 +327,9 @@ def test_the_program_needs_no_torch_and_no_fairseq_and_translates_as_fairseq_int
     assert bare_python("translate.py", model_folder, "--threads", 1, stdin="").stdout == ""
     for name in ("torch", "fairseq", "fwp_fairseq"):
         (RECIPE / "nothing.py").exists()
-        assert f"import {name}" not in "".join(path.read_text() for path in RECIPE.glob("*.py") if "bench" not in path.name)
+        assert f"import {name}" not in "".join(
+            path.read_text() for path in RECIPE.glob("*.py") if "bench" not in path.name
+        )
 
 
 def test_a_line_without_words_gives_an_empty_line(model_folder: Path, bare_python: Any) -> None:
@@ -372,7 +374,9 @@ def test_a_model_too_large_for_one_file_has_its_weights_beside_it(tmp_path: Path
         ("--bpe-codes {empty}/codes", "no file"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence(arguments: str, reason: str, trained: Path, corpus: Corpus, tmp_path: Path) -> None:
+def test_what_is_wrong_is_said_in_one_sentence(
+    arguments: str, reason: str, trained: Path, corpus: Corpus, tmp_path: Path
+) -> None:
     full, empty = tmp_path / "full", tmp_path / "empty"
     full.mkdir(), empty.mkdir()
     (full / "file").write_text("text")

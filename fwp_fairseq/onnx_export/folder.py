@@ -67,7 +67,9 @@ def write_folder(
 def save_graph(graph: onnx.ModelProto, file: Path, largest: int = LARGEST_FILE) -> None:
     """Write a graph; one that is larger than ``largest`` bytes has its weights in a file beside it, NAME.onnx.data."""
     external = sum(len(weight.raw_data) for weight in graph.graph.initializer) > largest
-    onnx.save_model(graph, str(file), save_as_external_data=external, location=f"{file.name}.data" if external else None)
+    onnx.save_model(
+        graph, str(file), save_as_external_data=external, location=f"{file.name}.data" if external else None
+    )
 
 
 def _digest(file: Path) -> str:

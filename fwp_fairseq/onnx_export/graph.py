@@ -1,9 +1,9 @@
 """Recording of torch functions as ONNX operators.
 
-A ``Value`` is handed to fairseq's own forward passes, and to the functions of ``fwp_fairseq.ops``, in place of a tensor:
-torch gives every call on it to ``__torch_function__``, which adds the operator to the graph. So there is one definition
-of what a model computes. torch.onnx does the same with more operators, in seconds for each layer where this takes
-milliseconds, and without the last opsets.
+A ``Value`` is handed to fairseq's own forward passes, and to the functions of ``fwp_fairseq.ops``, in place of a
+tensor: torch gives every call on it to ``__torch_function__``, which adds the operator to the graph. So there is one
+definition of what a model computes. torch.onnx does the same with more operators, in seconds for each layer where this
+takes milliseconds, and without the last opsets. In signatures a value is a Tensor.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ ONNX_TYPES = {
 
 class CannotExport(ValueError):
     """What the model does has no form in the graph."""
+
+
+def _method(name: str) -> Callable[..., Any]:
+    function = getattr(Tensor, name)
+    return lambda *args: Value.__torch_function__(function, (), args)
 
 
 class Value:
@@ -70,6 +75,27 @@ class Value:
         function = getattr(Tensor, name)
         return lambda *args, **kwargs: Value.__torch_function__(function, (), (self, *args), kwargs)
 
+    # Python looks these up in the class.
+    __add__ = _method("__add__")
+    __radd__ = _method("__radd__")
+    __sub__ = _method("__sub__")
+    __rsub__ = _method("__rsub__")
+    __mul__ = _method("__mul__")
+    __rmul__ = _method("__rmul__")
+    __truediv__ = _method("__truediv__")
+    __rtruediv__ = _method("__rtruediv__")
+    __matmul__ = _method("__matmul__")
+    __rmatmul__ = _method("__rmatmul__")
+    __neg__ = _method("__neg__")
+    __invert__ = _method("__invert__")
+    __and__ = _method("__and__")
+    __pow__ = _method("__pow__")
+    __getitem__ = _method("__getitem__")
+    __gt__ = _method("__gt__")
+    __lt__ = _method("__lt__")
+    __ge__ = _method("__ge__")
+    __le__ = _method("__le__")
+
     def __bool__(self) -> bool:
         """Of what depends on data, such as whether there is padding, the graph has the general case."""
         return True
@@ -95,16 +121,6 @@ class Value:
 
     def dim(self) -> int:
         return self.example.dim()
-
-
-def _method(name: str) -> Callable[..., Value]:
-    function = getattr(Tensor, name)
-    return lambda *args: Value.__torch_function__(function, (), args)
-
-
-# Python looks these up in the type.
-for _name in "add radd sub rsub mul rmul truediv rtruediv matmul rmatmul neg invert pow getitem gt lt ge le and".split():
-    setattr(Value, f"__{_name}__", _method(f"__{_name}__"))
 
 
 def _example(x: Any) -> Any:
@@ -154,13 +170,13 @@ class Graph:
 
     # --- What a graph consists of ------------------------------------------------------------------------------------
 
-    def input(self, name: str, dims: Sequence[Union[int, str]], dtype: torch.dtype = torch.float32) -> Value:
+    def input(self, name: str, dims: Sequence[Union[int, str]], dtype: torch.dtype = torch.float32) -> Any:
         """An input; a dimension is its size, or the name of a free one."""
         sizes = [FREE_DIMENSIONS[dim] if isinstance(dim, str) else dim for dim in dims]
         self.inputs.append(helper.make_tensor_value_info(name, ONNX_TYPES[dtype], list(dims)))
         return Value(self, name, torch.zeros(sizes, dtype=dtype))
 
-    def output(self, name: str, value: Value, dims: Optional[Sequence[Union[int, str]]]) -> None:
+    def output(self, name: str, value: Any, dims: Optional[Sequence[Union[int, str]]]) -> None:
         """Make ``value`` an output of this name."""
         self.nodes.append(helper.make_node("Identity", [value.name], [name]))
         self.outputs.append(helper.make_tensor_value_info(name, ONNX_TYPES[value.dtype], dims))
@@ -173,11 +189,11 @@ class Graph:
         self.root.uses.add(domain)
         return made[0] if outputs == 1 else made
 
-    def value(self, name: str, *sizes: int, dtype: torch.dtype = torch.float32) -> Value:
+    def value(self, name: str, *sizes: int, dtype: torch.dtype = torch.float32) -> Any:
         """The output ``name`` of a node, as a value of this shape."""
         return Value(self, name, torch.zeros(sizes, dtype=dtype))
 
-    def size(self, value: Value, dim: int) -> str:
+    def size(self, value: Any, dim: int) -> str:
         """The size of a dimension, as a list of one number."""
         return self.node("Slice", self.node("Shape", value), self.ints(dim), self.ints(dim + 1))
 
@@ -240,8 +256,8 @@ class Graph:
     # --- Loops -------------------------------------------------------------------------------------------------------
 
     def loop(
-        self, body: Callable[..., tuple[Value, Optional[Value]]], state: Value, sequences: Sequence[Value]
-    ) -> tuple[Value, Optional[Value]]:
+        self, body: Callable[..., tuple[Any, Optional[Any]]], state: Any, sequences: Sequence[Any]
+    ) -> tuple[Any, Optional[Any]]:
         """Over the first dimension: body(state, item of each sequence) -> (state, item). The last state, the items."""
         inner = Graph(self.opset, {}, self.quantize, self)
         arguments = []

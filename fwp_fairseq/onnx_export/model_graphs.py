@@ -16,6 +16,7 @@ import torch
 from fairseq import utils
 from fairseq.modules import AdaptiveInput, LearnedPositionalEmbedding, SinusoidalPositionalEmbedding
 from fairseq.modules.adaptive_softmax import TiedHeadModule
+from torch import Tensor
 
 from fwp_fairseq.onnx_export.attention import (
     CausalFastWeights,
@@ -25,7 +26,7 @@ from fwp_fairseq.onnx_export.attention import (
     is_fast_weight,
     state_shape,
 )
-from fwp_fairseq.onnx_export.graph import CannotExport, Graph, Value
+from fwp_fairseq.onnx_export.graph import CannotExport, Graph
 
 
 class ModelGraphs:
@@ -38,7 +39,7 @@ class ModelGraphs:
     def __init__(self, model: Any, opset: int, form: str = "plain", quantize: bool = False) -> None:
         self.model = model.eval()
         self.decoder = model.decoder
-        self.encoder = getattr(model, "encoder", None)
+        self.encoder: Any = getattr(model, "encoder", None)
         self.opset, self.form, self.quantize = opset, form, quantize
         self.names = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         check(model)
@@ -138,8 +139,8 @@ class ModelGraphs:
         return graph.finish("prompt")
 
     def _decode(
-        self, graph: Graph, tokens: Value, position: Value, states: list[Value], one_token: bool
-    ) -> tuple[Value, list[Value]]:
+        self, graph: Graph, tokens: Tensor, position: Tensor, states: list[Tensor], one_token: bool
+    ) -> tuple[Tensor, list[Tensor]]:
         """Features of (rows, T) tokens, and the states that they leave."""
         decoder = self.decoder
         answers = [
@@ -165,8 +166,8 @@ class ModelGraphs:
 def check(model: Any) -> None:
     """Raise CannotExport, naming the flag, for a model that no graph can be made of."""
     attentions = []
-    for i, layer in enumerate(model.decoder.layers):
-        attention = getattr(layer, "self_attn", None)
+    for layer in model.decoder.layers:
+        attention: Any = getattr(layer, "self_attn", None)
         if not is_fast_weight(attention):
             raise CannotExport(
                 "--decoder-self-attention is softmax, which keeps the keys and values of all tokens: only a state of "
@@ -189,7 +190,7 @@ def check(model: Any) -> None:
 
 
 @contextmanager
-def answered_positions(module: Any, graph: Graph, position: Optional[Value] = None) -> Iterator[None]:
+def answered_positions(module: Any, graph: Graph, position: Optional[Tensor] = None) -> Iterator[None]:
     """Positions as fairseq's modules count them: from padding + 1, and padding has its own.
 
     ``position``, (B, T): how many tokens are before each; else all of a sentence are there.
@@ -199,14 +200,15 @@ def answered_positions(module: Any, graph: Graph, position: Optional[Value] = No
         return
     padding = module.padding_idx
     if isinstance(module, LearnedPositionalEmbedding):
-        def embed(rows: Value) -> Value:
+
+        def embed(rows: Tensor) -> Tensor:
             return torch.nn.functional.embedding(rows, module.weight)
     elif isinstance(module, SinusoidalPositionalEmbedding):
         half = module.embedding_dim // 2
         frequencies = torch.exp(torch.arange(half, dtype=torch.float) * -(math.log(10000) / (half - 1)))
         odd = torch.zeros(1) if module.embedding_dim % 2 else None
 
-        def embed(rows: Value) -> Value:
+        def embed(rows: Tensor) -> Tensor:
             angles = rows[..., None].float() * frequencies
             waves = [angles.sin(), angles.cos()]
             if odd is not None:
@@ -215,7 +217,7 @@ def answered_positions(module: Any, graph: Graph, position: Optional[Value] = No
     else:
         raise CannotExport(f"the model has positions of the kind {type(module).__name__}, which cannot be exported")
 
-    def forward(tokens: Value, **_: Any) -> Value:
+    def forward(tokens: Tensor, **_: Any) -> Tensor:
         if position is None:
             return embed(utils.make_positions(tokens, padding))
         return embed(position + (padding + 1))
@@ -224,10 +226,10 @@ def answered_positions(module: Any, graph: Graph, position: Optional[Value] = No
         yield
 
 
-def adaptive_input(module: AdaptiveInput) -> Callable[[Value], Value]:
+def adaptive_input(module: AdaptiveInput) -> Callable[[Tensor], Tensor]:
     """Words of each band by their own embedding, which is projected (Baevski and Auli, 2019)."""
 
-    def forward(tokens: Value) -> Value:
+    def forward(tokens: Tensor) -> Tensor:
         result: Any = 0
         start = 0
         for end, band in zip(module.cutoff, module.embeddings):
@@ -240,7 +242,7 @@ def adaptive_input(module: AdaptiveInput) -> Callable[[Value], Value]:
     return forward
 
 
-def log_probabilities(decoder: Any, features: Value) -> Value:
+def log_probabilities(decoder: Any, features: Tensor) -> Tensor:
     """(rows, D) -> (rows, words); with an adaptive softmax, those of each group of rare words times the group's."""
     softmax = decoder.adaptive_softmax
     if softmax is None:

@@ -88,8 +88,8 @@ def _cumsum(graph: Graph, out: Tensor, x: Value, dim: int, **kwargs: Any) -> str
 
 
 def _permute(graph: Graph, out: Tensor, x: Value, *dims: Any) -> str:
-    dims = dims[0] if isinstance(dims[0], (tuple, list)) else dims
-    return graph.node("Transpose", x, perm=[dim % x.dim() for dim in dims])
+    order = dims[0] if isinstance(dims[0], (tuple, list)) else dims
+    return graph.node("Transpose", x, perm=[dim % x.dim() for dim in order])
 
 
 def _transpose(graph: Graph, out: Tensor, x: Value, a: int, b: int) -> str:
@@ -130,13 +130,16 @@ def _getitem(graph: Graph, out: Tensor, x: Value, index: Any) -> str:
         at = index.index(Ellipsis)
         given = sum(part is not None for part in index) - 1
         index = (*index[:at], *[slice(None)] * (x.dim() - given), *index[at + 1 :])
-    name, dim, squeezed, new = x.name, 0, [], []
+    name, dim = x.name, 0
+    squeezed: list[int] = []
+    new: list[int] = []
     for place, part in enumerate(index):
         if part is None:
             new.append(place - len(squeezed))
             continue
         if isinstance(part, int):
-            part, _ = slice(part, part + 1 or None), squeezed.append(dim)
+            squeezed.append(dim)
+            part = slice(part, part + 1 or None)
         if not isinstance(part, slice) or part.step not in (None, 1):
             raise CannotExport(f"the model takes {part} of a tensor, which the export does not know")
         if part != slice(None):
@@ -197,8 +200,11 @@ def _gelu(graph: Graph, out: Tensor, x: Value, approximate: str = "none") -> str
 
 # By the name of the torch function, without underscores: one entry for a function, its method, and that in place.
 OPERATORS: dict[str, Callable[..., str]] = {
-    **{name: _unary(name.capitalize()) for name in "relu exp log tanh sigmoid neg abs sqrt sin cos".split()},
-    **{name: _elementwise(name.capitalize()) for name in "add sub mul div pow matmul".split()},
+    **{
+        name: _unary(name.capitalize())
+        for name in ["relu", "exp", "log", "tanh", "sigmoid", "neg", "abs", "sqrt", "sin", "cos"]
+    },
+    **{name: _elementwise(name.capitalize()) for name in ["add", "sub", "mul", "div", "pow", "matmul"]},
     "square": lambda graph, out, x: graph.node("Mul", x, x),
     "matmul": _elementwise("MatMul"),
     "radd": _elementwise("Add", swapped=True),
@@ -242,6 +248,6 @@ OPERATORS: dict[str, Callable[..., str]] = {
     "linear": _linear,
     "layer_norm": _layer_norm,
     "gelu": _gelu,
-    **{name: _same for name in ("detach", "contiguous", "clone", "dropout")},
-    **{name: _cast for name in ("to", "type_as", "float", "int", "long", "bool")},
+    **dict.fromkeys(("detach", "contiguous", "clone", "dropout"), _same),
+    **dict.fromkeys(("to", "type_as", "float", "int", "long", "bool"), _cast),
 }

@@ -58,7 +58,9 @@ class ExportedModel:
                 if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
                     raise BadModel(f"{folder / name} is damaged: it is not what was written")
         except OSError as error:
-            raise BadModel(f"{error.filename} cannot be read ({error.strerror}): {folder} holds no whole model") from None
+            raise BadModel(
+                f"{error.filename} cannot be read ({error.strerror}): {folder} holds no whole model"
+            ) from None
         except (ValueError, LookupError, TypeError, AttributeError):
             raise BadModel(f"{folder / DESCRIPTION} is damaged: it is not what was written") from None
         self.about = about

@@ -14,7 +14,9 @@ from command_line import answer, parser
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Translate as the command line says."""
-    args = parser("Translate lines with a model that was exported from fairseq.", "translate", 200).parse_args(arguments)
+    args = parser("Translate lines with a model that was exported from fairseq.", "translate", 200).parse_args(
+        arguments
+    )
     answer("translate.py", "translation", args, lambda model: model.translate, before=False)
 
 
