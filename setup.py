@@ -151,7 +151,7 @@ setup(
     extras_require={
         # Not required of everyone, since many have a fairseq from source. fairseq does not work with numpy 2.
         "fairseq": ["ve-fairseq; python_version>='3.11'", "fairseq; python_version<'3.11'", "numpy<2"],
-        "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "safetensors"],
+        "onnx": ["onnx>=1.18", "onnxruntime>=1.26", "safetensors"],
         "test": [
             "pytest",
             "hypothesis",

@@ -22,14 +22,16 @@ FREE_DIMENSIONS = {"sentences": 2, "source_length": 3, "rows": 6, "rows_before":
 
 # Matrices with a side below this, those of write strengths and kept shares, are not quantised.
 _SMALLEST_QUANTIZED_SIDE = 16
-INT8_ZERO = 128
+# Of the signed numbers of 8 bits only those are used whose products with unsigned ones fit into 16 bits by twos: some
+# processors add two of them before they widen the sum.
+_LARGEST_NUMBER = 63
 
 ONNX_TYPES = {
     torch.float32: onnx.TensorProto.FLOAT,
     torch.int64: onnx.TensorProto.INT64,
     torch.int32: onnx.TensorProto.INT32,
     torch.bool: onnx.TensorProto.BOOL,
-    torch.uint8: onnx.TensorProto.UINT8,
+    torch.int8: onnx.TensorProto.INT8,
 }
 
 
@@ -240,15 +242,15 @@ class Graph:
         return self.weight(matrix.t())
 
     def in_8_bits(self, matrix: Tensor) -> Optional[tuple[Tensor, Tensor]]:
-        """A matrix of weights as whole numbers around 128 and a scale for each row; None if it is not to be."""
+        """A matrix of weights as whole numbers and a scale for each row; None if it is not to be."""
         if not self.quantize or min(matrix.shape) < _SMALLEST_QUANTIZED_SIDE:
             return None
         quantized, key = self.root._quantized, _identity(matrix)
         if key not in quantized:
-            scale = matrix.detach().abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / (INT8_ZERO - 1)
-            numbers = ((matrix.detach() / scale[:, None]).round() + INT8_ZERO).to(torch.uint8)
+            scale = matrix.detach().abs().amax(dim=1).clamp(min=1e-30) / _LARGEST_NUMBER
+            numbers = (matrix.detach() / scale[:, None]).round().to(torch.int8)
             name = self.root._names.get(matrix.data_ptr(), "weight")
-            self.root._names[numbers.data_ptr()] = f"{name}.uint8"
+            self.root._names[numbers.data_ptr()] = f"{name}.int8"
             self.root._names[scale.data_ptr()] = f"{name}.scale"
             quantized[key] = (numbers, scale)
         return quantized[key]

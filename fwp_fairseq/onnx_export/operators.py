@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from fwp_fairseq.onnx_export.graph import INT8_ZERO, ONNX_TYPES, CannotExport, Graph, Value
+from fwp_fairseq.onnx_export.graph import ONNX_TYPES, CannotExport, Graph, Value
 
 
 def _typed(graph: Graph, x: Any, dtype: torch.dtype) -> Any:
@@ -161,7 +161,6 @@ def _embedding(graph: Graph, out: Tensor, tokens: Value, weight: Tensor, *args: 
         return graph.node("Gather", weight, tokens)
     numbers, scale = quantized
     row = graph.node("Cast", graph.node("Gather", numbers, tokens), to=ONNX_TYPES[torch.float32])
-    row = graph.node("Sub", row, graph.constant(float(INT8_ZERO)))
     row_scale = graph.node("Unsqueeze", graph.node("Gather", scale, tokens), graph.ints(-1))
     return graph.node("Mul", row, row_scale)
 
@@ -171,12 +170,10 @@ def _linear(graph: Graph, out: Tensor, x: Value, weight: Tensor, bias: Optional[
     if quantized is None:
         product = graph.node("MatMul", x, graph.transposed(weight))
     else:
-        # The pattern that onnxruntime knows as one operator. Unsigned on both sides: where the processor has no
-        # instructions for it, its product of signed and unsigned numbers of 8 bits is cut off.
+        # The pattern that onnxruntime knows as one operator.
         numbers, scale = quantized
         x8, x_scale, x_zero = graph.node("DynamicQuantizeLinear", x, outputs=3)
-        zero = graph.constant(INT8_ZERO, torch.uint8)
-        product = graph.node("MatMulInteger", x8, graph.transposed(numbers), x_zero, zero)
+        product = graph.node("MatMulInteger", x8, graph.transposed(numbers), x_zero)
         product = graph.node("Cast", product, to=ONNX_TYPES[torch.float32])
         product = graph.node("Mul", product, graph.node("Mul", x_scale, scale))
     return product if bias is None else graph.node("Add", product, bias)

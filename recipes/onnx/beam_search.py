@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-# The best scores are looked for among the blocks of so many whose best are best.
+# Numbers of each of the blocks whose largest say which blocks can have the best of all.
 _BLOCK = 64
 
 
@@ -83,7 +83,7 @@ def search(
         log_p = decoder.step(tokens[:, :rows, step].reshape(-1), order).reshape(len(left), rows, words)
         _constrain(log_p, step, max_len, special, options)
         if step > 0:
-            log_p = log_p + scores[:, :, step - 1 : step]
+            log_p += scores[:, :, step - 1 : step]
         candidates = log_p.reshape(len(left), -1)
         best, where = top(candidates, min(2 * beam, candidates.shape[1] - 1))
         parent, word = np.divmod(where, words)
@@ -125,7 +125,6 @@ def search(
 
 
 def _constrain(log_p: Floats, step: int, max_len: int, special: Special, options: SearchOptions) -> None:
-    log_p[np.isnan(log_p)] = -np.inf
     log_p[:, :, special.pad] = -np.inf
     log_p[:, :, special.unk] -= np.float32(options.unkpen)
     if step >= max_len:
@@ -137,14 +136,16 @@ def _constrain(log_p: Floats, step: int, max_len: int, special: Special, options
 
 
 def top(scores: Floats, k: int) -> tuple[Floats, Ints]:
-    """The k best of each row and their places, best first; of equal ones the first."""
+    """The k best of each row and their places, best first, of equal ones the first; what is not a number is worst."""
     rows, size = scores.shape
     blocks = size // _BLOCK
     if blocks <= 2 * k:
+        scores = np.where(np.isnan(scores), -np.inf, scores)
         places = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(scores, places, axis=1), places
-    whole = blocks * _BLOCK
-    highest = scores[:, :whole].reshape(rows, blocks, _BLOCK).max(axis=2)
+    highest = scores[:, : blocks * _BLOCK].reshape(rows, _BLOCK, blocks).max(axis=1)
+    if np.isnan(highest).any():
+        return top(np.where(np.isnan(scores), -np.inf, scores), k)
     # k blocks have a number that is not below this.
     bound = np.partition(highest, blocks - k, axis=1)[:, blocks - k]
     best = np.empty((rows, k), scores.dtype)

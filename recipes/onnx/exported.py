@@ -174,5 +174,6 @@ def _session(file: Path, threads: int) -> Any:
     except Exception as error:  # onnxruntime has no common type for what it raises
         reason = " ".join(str(error).split())
         raise BadModel(
-            f"{file} cannot be run by this onnxruntime, {onnxruntime.__version__}; a later one may ({reason})"
+            f"{file} cannot be run by this onnxruntime, {onnxruntime.__version__}: take a later one, or export the "
+            f"model with --linear-attention plain ({reason})"
         ) from None
