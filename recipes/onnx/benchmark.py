@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +48,7 @@ FORM_OPSET = {form: STANDARD_OPSET if form == "standard" else 18 for form in FOR
 
 
 def take_turns(
-    calls: dict[str, Callable[[], object]], repetitions: int, clock: Callable[[], float] = time.perf_counter
+    calls: Mapping[str, Callable[[], object]], repetitions: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
     """The median of the seconds of each call, after one to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
