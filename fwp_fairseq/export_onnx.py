@@ -25,6 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--path", type=Path, required=True, help="checkpoint to export")
     add("--output", type=Path, required=True, help="folder to write, which must not be there, or be empty")
     add("--data", type=Path, help="folder with the dictionaries (default: the checkpoint's, or else its training's)")
+    add("--source-lang", help="language of the sources, if the checkpoint does not say it")
+    add("--target-lang", help="language of the translations, if the checkpoint does not say it")
     add("--sentencepiece-model", type=Path, help="what the text was encoded with, to go with the model")
     add("--bpe-codes", type=Path, help="subword-nmt's codes, to go with the model")
     add("--quantize", choices=["int8"], help="matrices of weights in 8 bits: a quarter of the size")
@@ -55,24 +57,26 @@ def check_opset(opset: Optional[int], form: str) -> int:
     return opset
 
 
-def load_model(path: Path, data: Optional[Path]) -> tuple[Any, Any, Any]:
-    """Model, task and configuration of a checkpoint.
+def load_model(path: Path, data: Optional[Path] = None, **languages: Optional[str]) -> tuple[Any, Any, Any]:
+    """Model, task and configuration of a checkpoint. ``languages``: source_lang and target_lang, or None.
 
     Raises ValueError: it is of an architecture that is not exported, or its dictionaries are not found; OSError and
     pickle.UnpicklingError: it cannot be read.
     """
     from fairseq import checkpoint_utils
+    from fairseq.data import data_utils
     from fairseq.models import ARCH_MODEL_NAME_REGISTRY
     from omegaconf import open_dict
 
     import fwp_fairseq.models
     import fwp_fairseq.tasks  # noqa: F401  (registers, as the import before)
 
-    state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
-    cfg = state.get("cfg") if isinstance(state, dict) else None
-    if not cfg or "model" not in state:
-        raise ValueError(f"{path} is no checkpoint of fairseq")
-    architecture = cfg.model._name
+    try:
+        state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
+        cfg = state["cfg"]
+        architecture, _ = cfg.model._name, state["model"]
+    except (LookupError, AttributeError, TypeError):
+        raise ValueError(f"{path} is no checkpoint of fairseq") from None
     if ARCH_MODEL_NAME_REGISTRY.get(architecture, architecture) not in ("fwp_transformer", "fwp_transformer_lm"):
         raise ValueError(
             f"{path} has the architecture {architecture}, exported are fwp_transformer and fwp_transformer_lm"
@@ -85,10 +89,16 @@ def load_model(path: Path, data: Optional[Path]) -> tuple[Any, Any, Any]:
         names = " and ".join(map(str, folders))
         raise ValueError(f"there are no dictionaries (dict.*txt) in {names}: --data says where they are")
     with open_dict(cfg):
-        cfg.task.data = str(found[0])
-    (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task(
-        [str(path)], arg_overrides={"data": str(found[0]), "checkpoint_activations": False}, state=state
-    )
+        cfg.task.data, cfg.model.checkpoint_activations = str(found[0]), False
+        if cfg.task._name in _TRANSLATION_TASKS:
+            inferred = data_utils.infer_language_pair(found[0])
+            for name, language in zip(("source_lang", "target_lang"), inferred):
+                cfg.task[name] = languages.get(name) or cfg.task[name] or language
+                if cfg.task[name] is None:
+                    raise ValueError(f"the language is not known, --{name.replace('_', '-')} says it")
+                if not (found[0] / f"dict.{cfg.task[name]}.txt").is_file():
+                    raise ValueError(f"{found[0]} has no dict.{cfg.task[name]}.txt")
+    (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)
     return model.float(), task, cfg
 
 
@@ -143,7 +153,7 @@ def export(args: argparse.Namespace) -> None:
             if not file.is_file():
                 raise ValueError(f"{file} is no file")
             subwords = kind, file
-    model, task, cfg = load_model(args.path, args.data)
+    model, task, cfg = load_model(args.path, args.data, source_lang=args.source_lang, target_lang=args.target_lang)
     graphs = ModelGraphs(model, opset, args.linear_attention, quantize=args.quantize is not None)
     description = describe(
         graphs, task, cfg, opset=opset, linear_attention=args.linear_attention, quantize=args.quantize

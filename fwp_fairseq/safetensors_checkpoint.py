@@ -58,11 +58,16 @@ def checkpoint_of(path: Path) -> dict[str, Any]:
         parameters |= {name: parameters[other] for name, other in json.loads(metadata[_SHARED]).items()}
     except (SafetensorError, KeyError, ValueError):
         raise ValueError(f"{path} is no file of --safetensors, or it is damaged") from None
+    return checkpoint_state(parameters, options)
+
+
+def checkpoint_state(model: dict[str, Any], cfg: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of fairseq holds, with these parameters and options, and nothing of a training."""
     history = {"criterion_name": "none", "optimizer_name": "none", "lr_scheduler_state": {}, "num_updates": 0}
     return {
         "args": None,
-        "cfg": options,
-        "model": parameters,
+        "cfg": cfg,
+        "model": model,
         "optimizer_history": [history],
         "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
         "last_optimizer_state": None,

@@ -3,9 +3,11 @@
 import itertools
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +16,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT, Corpus, Run
+from conftest import ROOT, Run
+from fairseq import models
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.sequence_generator import SequenceGenerator
-from tiny_models import build_lm, build_streaming_lm, build_translation, dictionary, places, tokens
+from fairseq.tasks.translation import TranslationTask
+from omegaconf import OmegaConf
+from tiny_models import build_lm, build_streaming_lm, build_translation, dictionary, parse, places, tokens
 
-from fwp_fairseq import export_onnx
+from fwp_fairseq import export_onnx, safetensors_checkpoint
 from fwp_fairseq.onnx_export import folder as onnx_folder
 from fwp_fairseq.onnx_export.model_graphs import ModelGraphs
 
@@ -262,22 +268,41 @@ def test_byte_pair_merges_split_words_as_subword_nmt_does(tmp_path: Path) -> Non
 # --- The commands ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    data: Path  # only dictionaries
+    text: str
+
+
 @pytest.fixture(scope="module")
-def trained(corpus: Corpus, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that has learned a little."""
-    target = tmp_path_factory.mktemp("trained")
-    sizes = "--encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 --encoder-ffn-embed-dim 32 "
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A checkpoint with random parameters, and lines of its words and others."""
+    target = tmp_path_factory.mktemp("checkpoint")
+    words = dictionary(30)
+    for language in "ab":
+        words.save(str(target / f"dict.{language}.txt"))
+    sizes = "--encoder-layers 1 --decoder-layers 2 --encoder-embed-dim 16 --encoder-ffn-embed-dim 32 "
     sizes += "--encoder-attention-heads 2 --decoder-attention-heads 2 --share-decoder-input-output-embed"
-    flags = "--optimizer adam --lr 0.02 --max-tokens 800 --max-epoch 3 --criterion cross_entropy --cpu"
-    flags += " --no-epoch-checkpoints --no-last-checkpoints --user-dir fwp_fairseq --arch fwp_transformer"
-    run("fairseq-train", corpus.translation, *sizes.split(), *flags.split(), "--save-dir", target)
-    return target / "checkpoint_best.pt"
+    args = parse("translation", "fwp_transformer", *sizes.split())
+    cfg = convert_namespace_to_omegaconf(args)
+    cfg.task.source_lang, cfg.task.target_lang = "a", "b"
+    model = sharpen(cfg_model(cfg, words), 1)
+    state = {"model": model.state_dict(), "cfg": OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)}
+    torch.save(safetensors_checkpoint.checkpoint_state(**state), target / "checkpoint.pt")
+    draw = random.Random(1)
+    lines = [" ".join(draw.choices([*words.symbols[4:], "other"], k=draw.randint(1, 12))) for _ in range(60)]
+    return Checkpoint(target / "checkpoint.pt", target, "\n".join(lines) + "\n")
+
+
+def cfg_model(cfg: Any, words: Any) -> Any:
+    return models.build_model(cfg.model, TranslationTask(cfg.task, words, words))
 
 
 @pytest.fixture(scope="module")
-def model_folder(trained: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("exported") / "model"
-    export_onnx.main(f"--path {trained} --data {corpus.translation} --output {target} --safetensors".split())
+    export_onnx.main(f"--path {checkpoint.path} --output {target} --safetensors".split())
     return target
 
 
@@ -294,7 +319,9 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subpr
 
     environment = {"PYTHONPATH": str(packages), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
     for name in ("torch", "fairseq", "fwp_fairseq", "onnx"):
-        there = subprocess.run([sys.executable, "-S", "-c", f"import {name}"], env=environment, capture_output=True)
+        there = subprocess.run(
+            [sys.executable, "-S", "-c", f"import {name}"], env=environment, cwd=packages, capture_output=True
+        )
         assert b"No module named" in there.stderr
 
     def run_bare(script: str, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -311,18 +338,17 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subpr
 
 
 def test_the_program_needs_no_torch_and_no_fairseq_and_translates_as_fairseq_interactive(
-    trained: Path, model_folder: Path, corpus: Corpus, run: Run, bare_python: Any
+    checkpoint: Checkpoint, model_folder: Path, run: Run, bare_python: Any
 ) -> None:
-    lines = (corpus.text / "test.a").read_text()
     theirs = run(
-        "fairseq-interactive", corpus.translation, "--user-dir", "fwp_fairseq", "--path", trained, "--cpu",
+        "fairseq-interactive", checkpoint.data, "-s", "a", "-t", "b", "--user-dir", "fwp_fairseq", "--path", checkpoint.path, "--cpu",
         "--beam", 3, "--max-len-a", 1.5, "--max-len-b", 5, "--lenpen", 0.7, "--buffer-size", 20, "--batch-size", 7,
-        stdin=lines,
+        stdin=checkpoint.text,
     )  # fmt: skip
     expected = [line.split("\t")[1:] for line in theirs.stdout.splitlines() if line.startswith("D-")]
     ours = bare_python(
         "translate.py", model_folder, "--beam", 3, "--max-len-a", 1.5, "--max-len-b", 5, "--lenpen", 0.7,
-        "--buffer-size", 20, "--batch-size", 7, "--scores", "--threads", 1, stdin=lines,
+        "--buffer-size", 20, "--batch-size", 7, "--scores", "--threads", 1, stdin=checkpoint.text,
     )  # fmt: skip
     assert ours.returncode == 0, ours.stderr
     found = [line.split("\t") for line in ours.stdout.splitlines()]
@@ -337,17 +363,16 @@ def test_a_line_without_words_gives_an_empty_line(model_folder: Path, bare_pytho
 
 
 def test_safetensors_become_a_checkpoint_that_translates_alike(
-    trained: Path, model_folder: Path, corpus: Corpus, tmp_path: Path
+    checkpoint: Checkpoint, model_folder: Path, tmp_path: Path
 ) -> None:
-    from fwp_fairseq import safetensors_checkpoint
-
     back = tmp_path / "back.pt"
     safetensors_checkpoint.main([str(model_folder / "model.safetensors"), "--output", str(back)])
-    (model, _, _), (original, _, _) = (export_onnx.load_model(path, corpus.translation) for path in (back, trained))
+    (model, _, _), (original, _, _) = (
+        export_onnx.load_model(path, checkpoint.data) for path in (back, checkpoint.path)
+    )
     for name, value in original.state_dict().items():
         assert torch.equal(value, model.state_dict()[name])
     assert model.decoder.output_projection.weight is model.decoder.embed_tokens.weight
-    (model_folder / "model.safetensors").stat()
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes((model_folder / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(SystemExit, match="damaged"):
@@ -370,33 +395,35 @@ def test_a_model_too_large_for_one_file_has_its_weights_beside_it(tmp_path: Path
         ("--output {full}", "not empty"),
         ("--path {full}/file", "not loaded"),
         ("--path {empty}/nothing", "nothing"),
+        ("--path {full}/list.pt", "no checkpoint of fairseq"),
+        ("--target-lang x", "has no dict.x.txt"),
         ("--bpe-codes {empty}/codes", "no file"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(
-    arguments: str, reason: str, trained: Path, corpus: Corpus, tmp_path: Path
+    arguments: str, reason: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     full, empty = tmp_path / "full", tmp_path / "empty"
-    full.mkdir(), empty.mkdir()
+    for folder in (full, empty):
+        folder.mkdir()
     (full / "file").write_text("text")
-    given = f"--path {trained} --data {corpus.translation} --output {tmp_path / 'out'} " + arguments
+    torch.save([1], full / "list.pt")
+    given = f"--path {checkpoint.path} --output {tmp_path / 'out'} " + arguments
     with pytest.raises(SystemExit, match=reason) as stopped:
         export_onnx.main(given.format(full=full, empty=empty).split())
     assert "\n" not in str(stopped.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_another_architecture_is_refused(trained: Path, corpus: Corpus, tmp_path: Path) -> None:
-    state = torch.load(trained, weights_only=False)
+def test_another_architecture_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    state = torch.load(checkpoint.path, weights_only=True)
     state["cfg"]["model"]["_name"] = "transformer"
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(SystemExit, match="architecture transformer, exported are"):
-        export_onnx.main(f"--path {tmp_path}/other.pt --data {corpus.translation} --output {tmp_path}/out".split())
+        export_onnx.main(f"--path {tmp_path}/other.pt --data {checkpoint.data} --output {tmp_path}/out".split())
 
 
 def test_a_damaged_folder_is_refused_by_its_file(model_folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     def copy(name: str) -> Path:
         return Path(shutil.copytree(model_folder, tmp_path / name))
 

@@ -30,7 +30,7 @@ from fwp_fairseq.onnx_export.graph import CannotExport, Graph
 
 
 class ModelGraphs:
-    """Graphs of one model, which is not changed.
+    """Graphs of one model, which is not changed. It must not have been prepared for generation.
 
     ``form``: one of ``recurrence.FORMS``. ``quantize``: matrices of weights in 8 bits. Raises CannotExport for a model
     that no graph can be made of.
