@@ -42,7 +42,7 @@ SEARCHES = [
     SearchOptions(beam=3, max_len_b=12, lenpen=2.0, unkpen=3.0, min_len=4),
     SearchOptions(beam=4, max_len_b=7, lenpen=0.3, unkpen=-2.0),
     SearchOptions(beam=2, max_len_b=10, unnormalized=True),
-    SearchOptions(beam=40, max_len_b=5),
+    SearchOptions(beam=40, max_len_b=5, min_len=0),  # more than there are words
 ]
 
 
@@ -341,7 +341,8 @@ def test_the_program_needs_no_torch_and_no_fairseq_and_translates_as_fairseq_int
     checkpoint: Checkpoint, model_folder: Path, run: Run, bare_python: Any
 ) -> None:
     theirs = run(
-        "fairseq-interactive", checkpoint.data, "-s", "a", "-t", "b", "--user-dir", "fwp_fairseq", "--path", checkpoint.path, "--cpu",
+        "fairseq-interactive", checkpoint.data, "-s", "a", "-t", "b", "--path", checkpoint.path, "--cpu",
+        "--user-dir", "fwp_fairseq",
         "--beam", 3, "--max-len-a", 1.5, "--max-len-b", 5, "--lenpen", 0.7, "--buffer-size", 20, "--batch-size", 7,
         stdin=checkpoint.text,
     )  # fmt: skip
