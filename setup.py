@@ -1,10 +1,13 @@
 """Packaging; the settings of the tools are in pyproject.toml."""
 
 import fcntl
+import importlib.util
 import os
 import re
+import site
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,16 +20,24 @@ CSRC = ROOT / "fwp_fairseq" / "csrc"
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fwp_fairseq" / "__init__.py").read_text("utf-8"), re.M)[1]
 
 
-def compiled_operators() -> list[Extension]:
-    """The C++ operators, if torch is here to build them for; without them the package works, only slower.
+def uncover_torch() -> None:
+    """Let this build find the torch that it is for, which lies where the package will be installed.
 
-    pip hides an installed torch from the build, unless it is told --no-build-isolation.
+    pip builds where nothing can be imported but what pyproject.toml requires. torch cannot be required there: pip would
+    download another one, of another version perhaps, and the operators fit the version that they were built with only.
     """
+    if importlib.util.find_spec("torch") is None:
+        sys.path += [sysconfig.get_path("platlib"), site.getusersitepackages()]
+
+
+def compiled_operators() -> list[Extension]:
+    """The C++ operators, if torch is here to build them for; without them the package works, only slower."""
+    uncover_torch()
     try:
         import torch
         from torch.utils.cpp_extension import include_paths, library_paths
     except ImportError:
-        print("fwp-fairseq: no torch in this build, so without compiled operators", file=sys.stderr)
+        print("fwp-fairseq: no torch in this environment, so without compiled operators", file=sys.stderr)
         return []
     version = torch.__version__.split("+")[0].replace(".", "_")
     sanitize = ["-fsanitize=address", "-fno-omit-frame-pointer"] if os.environ.get("FWP_SANITIZE") == "1" else []
@@ -149,11 +160,12 @@ setup(
     package_data={"fwp_fairseq": ["csrc/*"]},
     install_requires=["torch>=2.6", "sacrebleu", "sentencepiece", "subword-nmt"],
     extras_require={
-        # Not required of everyone, since many have a fairseq from source. fairseq does not work with numpy 2.
-        "fairseq": ["ve-fairseq; python_version>='3.11'", "fairseq; python_version<'3.11'", "numpy<2"],
+        # Not required of everyone, since many have a fairseq from source.
+        "fairseq": ["ve-fairseq; python_version>='3.11'", "fairseq; python_version<'3.11'"],
         "onnx": ["onnx>=1.18", "onnxruntime>=1.26", "safetensors"],
         "test": [
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "ruff",
             "mypy",

@@ -5,7 +5,6 @@ without its models and without safe loading of checkpoints. ``fwp_fairseq.ops`` 
 """
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -32,13 +31,16 @@ def require_fairseq() -> None:
 
 def register_with_fairseq() -> None:
     """Register models, tasks, criterions and schedules and mend fairseq: now if fairseq is there, else once it is."""
+    if not any(isinstance(finder, _AfterFairseq) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterFairseq())
+    # Looked at only now: another thread may have begun to import it without the finder.
     if sys.modules.get("fairseq") is not None:
         _register()
-    elif not any(isinstance(finder, _AfterFairseq) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterFairseq())
 
 
 def _register() -> None:
+    # Within the import of one of this package's own folders, which needs fairseq, that folder is not complete: modules
+    # are imported from where they are, not from their folder.
     importlib.import_module("fwp_fairseq.fairseq_mends").install()
     # They register what they define.
     importlib.import_module("fwp_fairseq.models")
@@ -46,21 +48,16 @@ def _register() -> None:
 
 
 class _AfterFairseq(MetaPathFinder):
-    """Finds fairseq where it is, and sees to it that ``_register`` runs right after its first import."""
-
-    def __init__(self) -> None:
-        self._is_asked = False
+    """Finds fairseq where the other finders do, and sees to it that ``_register`` runs right after its import."""
 
     def find_spec(
         self, fullname: str, path: Optional[Sequence[str]], target: Optional[ModuleType] = None
     ) -> Optional[ModuleSpec]:
-        if fullname != "fairseq" or self._is_asked:
+        if fullname != "fairseq":
             return None
-        self._is_asked = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._is_asked = False
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is None or spec.loader is None:
             return spec
         loader: Any = spec.loader
@@ -69,7 +66,6 @@ class _AfterFairseq(MetaPathFinder):
         def exec_module(module: ModuleType) -> None:
             del loader.exec_module
             execute(module)
-            sys.meta_path.remove(self)
             _register()
 
         loader.exec_module = exec_module

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fwp_fairseq.fairseq_mends.safe_loading import load_checkpoint_file
+from fwp_fairseq.fairseq_mends.sound_parameters import not_finite
 from fwp_fairseq.fairseq_mends.whole_checkpoints import save_whole
 
 EPOCH_CHECKPOINT = re.compile(r"checkpoint(\d+)\.pt")
@@ -38,10 +39,12 @@ def average_checkpoints(paths: Sequence[Path]) -> dict[str, Any]:
     """State of the first checkpoint with the arithmetic mean of the parameters of all of them.
 
     Half-precision parameters come out as float32 and integers are rounded down, as in fairseq's script. Raises
-    ValueError: one has other parameters or other shapes than the first, or flags of another value.
+    ValueError: one has other parameters or other shapes than the first, or flags of another value, or a mean is not
+    finite though one of the checkpoints is.
     """
     state: dict[str, Any] = {}
     total: dict[str, Tensor] = {}
+    unwritten: set[str] = set()
     for path in paths:
         with open(path, "rb") as file:
             loaded = load_checkpoint_file(file)
@@ -51,6 +54,8 @@ def average_checkpoints(paths: Sequence[Path]) -> dict[str, Any]:
             name: value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
             for name, value in loaded["model"].items()
         }
+        # In all of them that is memory which no training has written.
+        unwritten = not_finite(parameters.items()) & (unwritten if state else parameters.keys())
         if not state:
             state, total = loaded, {name: value.clone() for name, value in parameters.items()}
             continue
@@ -70,6 +75,8 @@ def average_checkpoints(paths: Sequence[Path]) -> dict[str, Any]:
             value /= len(paths)
         elif value.dtype != torch.bool:
             value //= len(paths)
+    if broken := not_finite(total.items()) - unwritten:
+        raise ValueError(f"the mean of {min(broken)} is infinite or not a number")
     state["model"] = total
     return state
 
@@ -103,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             pattern = EPOCH_CHECKPOINT if args.num_epoch_checkpoints is not None else UPDATE_CHECKPOINT
             paths = last_checkpoints(args.inputs[0], count, pattern, args.checkpoint_upper_bound)
         save_whole(average_checkpoints(paths), str(args.output))
-    except (OSError, ValueError, FloatingPointError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
         sys.exit(f"{parser.prog}: {error}")
     print(f"{args.output}: mean of {', '.join(map(str, paths))}")
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked_python
 import pytest
 
 # Before anything imports torch, and for the commands too: the tensors of the tests are too small for several threads.
@@ -45,15 +46,17 @@ def find_script(name: str) -> str:
 def run() -> Run:
     """Run a command in the clone; its output is text, and status 0 is asserted unless ``check`` is False.
 
-    The command is a console script and its arguments, or ``python`` and its arguments.
+    The command is a console script and its arguments, or ``python`` and its arguments. With variables of the
+    environment it is started anew; else by ``forked_python``.
     """
 
     def run(
         command: str, *args: object, check: bool = True, stdin: str = "", cwd: Path = ROOT, **variables: str
     ) -> subprocess.CompletedProcess[str]:
-        program = sys.executable if command == "python" else find_script(command)
+        forked = [] if variables else [forked_python.path()]
+        program = (forked or [sys.executable]) if command == "python" else [*forked, find_script(command)]
         result = subprocess.run(
-            [program, *map(str, args)],
+            [*program, *map(str, args)],
             input=stdin,
             capture_output=True,
             text=True,
@@ -77,6 +80,13 @@ def side_by_side() -> Callable[..., list[subprocess.CompletedProcess[str]]]:
             return list(pool.map(lambda thunk: thunk(), thunks))
 
     return side_by_side
+
+
+@pytest.fixture(scope="session")
+def compiled(pytestconfig: pytest.Config) -> Path:
+    """Folder with what earlier runs have compiled."""
+    assert pytestconfig.cache is not None
+    return pytestconfig.cache.mkdir("compiled")
 
 
 @dataclass(frozen=True)
@@ -105,4 +115,26 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, run: Run, side_by_side: Cal
         lambda: run("fairseq-preprocess", "-s", "a", "-t", "b", *splits, "--destdir", made.translation),
         lambda: run("fairseq-preprocess", "--only-source", *texts, "--destdir", made.language_model),
     )
+    return made
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """As ``corpus``, of 6 words: 48 sentences of 2 to 5 words to train on, and 12 each to validate and test."""
+    from fairseq import options
+    from fairseq_cli import preprocess
+
+    folder = tmp_path_factory.mktemp("small_corpus")
+    draw = random.Random(1)
+    for split, size in {"train": 48, "valid": 12, "test": 12}.items():
+        sentences = [draw.choices("uvwxyz", k=draw.randint(2, 5)) for _ in range(size)]
+        (folder / f"{split}.a").write_text("".join(" ".join(s) + "\n" for s in sentences))
+        (folder / f"{split}.b").write_text("".join(" ".join(s).upper() + "\n" for s in sentences))
+    made = Corpus(folder, folder / "translation", folder / "language_model")
+    for ending, destination, flags in (
+        ("", made.translation, ["-s", "a", "-t", "b"]),
+        (".a", made.language_model, ["--only-source"]),
+    ):
+        flags += [f"--{split}pref={folder / split}{ending}" for split in ("train", "valid", "test")]
+        preprocess.main(options.get_preprocessing_parser().parse_args([*flags, "--destdir", str(destination)]))
     return made

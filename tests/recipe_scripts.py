@@ -3,9 +3,9 @@
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
+import forked_python
 from conftest import ROOT
 
 RECIPES = ROOT / "recipes"
@@ -17,7 +17,7 @@ AWKWARD = 'it\'s a "folder" $HOME'
 def environment(**variables: str) -> dict[str, str]:
     """The environment of a script: no settings but these, the Python of the tests as it is, one thread."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("FWP_")}
-    return own | {"PYTHON": sys.executable, "FWP_VENV": "none", "FWP_THREADS": "1"} | variables
+    return own | {"PYTHON": forked_python.path(), "FWP_VENV": "none", "FWP_THREADS": "1"} | variables
 
 
 def free_port() -> int:

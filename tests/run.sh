@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 has_everything() {
     "$1" - 2>/dev/null <<'END'
 import importlib.util, sys
-needed = "torch fairseq sacrebleu sentencepiece subword_nmt pytest hypothesis ruff mypy babel polib sacremoses matplotlib setuptools pip onnx onnxruntime safetensors"
+needed = "torch fairseq sacrebleu sentencepiece subword_nmt pytest xdist hypothesis ruff mypy babel polib sacremoses matplotlib setuptools pip onnx onnxruntime safetensors"
 sys.exit(not all(importlib.util.find_spec(name) for name in needed.split()))
 END
 }
@@ -61,7 +61,8 @@ check() {
 check lint ruff check
 check format ruff format --check
 check types mypy
-check tests pytest "$@"
+# As many at a time as there are cores. A file stays together: its tests share what they train.
+check tests pytest -n auto --dist loadfile --durations 10 "$@"
 if ((${#failed[@]})); then
     echo "tests/run.sh: failed: ${failed[*]}" >&2
     exit 1

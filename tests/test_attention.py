@@ -179,7 +179,6 @@ def test_beams_share_their_sentence_s_memory_and_survive_finished_sentences(conf
     source, query = inputs(5), inputs(3, batch=6, seed=2)
     beam_source = source.repeat_interleave(2, dim=1)
     expected, _ = cross(query, beam_source, beam_source)
-    cross.set_beam_size(2)
     state: dict = {}
     first, _ = cross(query[:1], beam_source, beam_source, incremental_state=state, static_kv=True)
     torch.testing.assert_close(first[0], expected[0])
@@ -202,17 +201,14 @@ def test_rows_of_different_sentences_never_share_a_memory():
     cross = build(CONFIGS[0], encoder_decoder_attention=True)
     source, query = inputs(5, batch=4), inputs(3, batch=4, seed=2)
     expected, _ = cross(query, source, source)
-    for beams in (2, 3):
-        cross.set_beam_size(beams)
-        state: dict = {}
-        first, _ = cross(query[:1], source, source, incremental_state=state, static_kv=True)
-        torch.testing.assert_close(first[0], expected[0])
-        cross.reorder_incremental_state(state, torch.tensor([3, 1]))
-        second, _ = cross(query[1:2, [3, 1]], None, None, incremental_state=state, static_kv=True)
-        torch.testing.assert_close(second[0], expected[1, [3, 1]])
+    state: dict = {}
+    first, _ = cross(query[:1], source, source, incremental_state=state, static_kv=True)
+    torch.testing.assert_close(first[0], expected[0])
+    cross.reorder_incremental_state(state, torch.tensor([3, 1]))
+    second, _ = cross(query[1:2, [3, 1]], None, None, incremental_state=state, static_kv=True)
+    torch.testing.assert_close(second[0], expected[1, [3, 1]])
     twice = torch.tensor([0, 0, 1, 1])
     expected, _ = cross(query, source[:, twice], source[:, twice])
-    cross.set_beam_size(2)
     state = {}
     cross(query[:1], source[:, twice], source[:, twice], incremental_state=state, static_kv=True)
     assert buffer(cross, state)["prev_key"].size(0) == 2

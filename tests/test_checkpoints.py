@@ -197,9 +197,9 @@ def test_fairseq_evaluates_options_which_makes_them_an_attack(tmp_path: Path) ->
     assert (tmp_path / "target").exists()
 
 
-@pytest.mark.parametrize("form", ["text", "bytes", "array", "nested", "comprehension"])
+@pytest.mark.parametrize("form", ["text", "bytes", "array", "nested", "comprehension", "reference", "quotes", "depth"])
 @pytest.mark.parametrize("key", ["cfg", "args"])
-def test_a_checkpoint_with_an_option_that_is_a_call_is_refused(
+def test_a_checkpoint_with_an_option_that_may_be_a_call_when_it_is_evaluated_is_refused(
     state: dict[str, Any], key: str, form: str, tmp_path: Path
 ) -> None:
     text = EXPRESSION.format(target="target")
@@ -209,20 +209,53 @@ def test_a_checkpoint_with_an_option_that_is_a_call_is_refused(
         "array": np.frombuffer(text.ljust(len(text) + -len(text) % 8).encode(), dtype="f8"),
         "nested": [{"deep": argparse.Namespace(deeper=(f"  {text}",))}],
         "comprehension": "[0 for torch.load in [0]]",
+        # Another option is put in its place, and ends the text in which it stands.
+        "reference": "'${model.folder}'",
+        # Reading an override of an option takes the backslashes away.
+        "quotes": rf"'a\' + {text} + \'b'",
+        # Too deep to be looked at, which is no reason to evaluate it.
+        "depth": "(" * 1000 + text + ")" * 1000,
     }[form]
-    options = {"_name": "fwp_transformer_lm", "adaptive_softmax_cutoff": value}
+    options = {"_name": "fwp_transformer_lm", "adaptive_softmax_cutoff": value, "folder": f"' + {text} + '"}
     state[key] = {"model": options} if key == "cfg" else argparse.Namespace(**options)
     torch.save(state, tmp_path / "evil.pt")
     message = refusal(lambda: checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "evil.pt")))
-    assert ("deeper" if form == "nested" else "adaptive_softmax_cutoff") in message
+    assert "adaptive_softmax_cutoff" in message
 
 
-def test_options_that_are_expressions_without_a_call_load(state: dict[str, Any], tmp_path: Path) -> None:
-    state["cfg"]["model"]["layers"] = "[(512, 3)] * 4 + [(256, 3)]"
-    state["cfg"]["model"]["folder"] = "/data (old)/model (2)"
+def test_a_checkpoint_whose_options_are_made_up_when_they_are_read_is_refused(
+    state: dict[str, Any], tmp_path: Path
+) -> None:
+    state["cfg"]["model"] = f'${{oc.create:{{adaptive_softmax_cutoff: "{EXPRESSION.format(target="target")}"}}}}'
+    torch.save(state, tmp_path / "evil.pt")
+    assert "model" in refusal(lambda: checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "evil.pt")))
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        # Evaluated, and no more than values.
+        ("decoder_layers", "[(512, 3)] * 4 + [(256, 3)]"),
+        ("adam_betas", "(0.9, -1e-3)"),
+        ("decoder_attention", "True"),
+        ("encoder_xformers_att_config", '{"name": "scaled_dot_product"}'),
+        ("encoder_layers", 6),
+        ("adaptive_softmax_cutoff", None),
+        ("adaptive_input_cutoff", [8, 14]),
+        # Not evaluated.
+        ("data", "run(2)"),
+        ("folder", "/data (old)/model (2)"),
+        ("pattern", r"\w+(x)"),
+        ("script", "[word for word in words]"),
+        ("max_tokens_valid", "${dataset.max_tokens}"),
+    ],
+)
+def test_options_that_are_values_or_not_evaluated_load(
+    state: dict[str, Any], option: str, value: Any, tmp_path: Path
+) -> None:
+    state["cfg"]["model"][option] = value
     torch.save(state, tmp_path / "good.pt")
-    loaded = checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "good.pt"))
-    assert loaded["cfg"]["model"]["layers"] == "[(512, 3)] * 4 + [(256, 3)]"
+    assert option in checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "good.pt"))["cfg"]["model"]
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "half", "no end", "other bytes", "archive"])

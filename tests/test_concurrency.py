@@ -13,9 +13,11 @@ import pytest
 import torch
 from conftest import ROOT, Corpus, Run, find_script
 
+from fwp_fairseq.fairseq_mends.one_training import why_alone
 from fwp_fairseq.fairseq_mends.safe_loading import load_checkpoint_file
 
 pytest.importorskip("fairseq")
+from omegaconf import OmegaConf  # noqa: E402
 
 TRAINING = (
     *("--user-dir", "fwp_fairseq", "--cpu", "--arch", "fwp_transformer", "--encoder-layers", 1, "--decoder-layers", 1),
@@ -51,7 +53,7 @@ from fwp_fairseq.fairseq_mends.one_training import hold_folder
 hold_folder(sys.argv[1])
 hold_folder(sys.argv[1])
 if not os.fork():
-    time.sleep(60)
+    time.sleep(300)
     os._exit(0)
 print("held", flush=True)
 time.sleep(300)
@@ -76,15 +78,16 @@ time.sleep(300)
 
 
 def test_two_processes_with_unequal_shards_train_as_one_does_that_accumulates_gradients(
-    corpus: Corpus, run: Run, tmp_path: Path
+    corpus: Corpus, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Seven batches: four for one process and three for the other, which takes part in the fourth update with none.
     options = ("--dropout", 0, "--batch-size", 300, "--max-update", 9)
     command = ("fairseq-train", corpus.translation, *TRAINING, *options)
-    distributed = (
-        *("--distributed-world-size", 2, "--distributed-init-method", "env://", "--distributed-rank=-1"),
-        *("--distributed-no-spawn", "--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp"),
-    )
+    # Those that processes are told of which train alone.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    alone = OmegaConf.create({"common": {"cpu": True}, "distributed_training": {"distributed_world_size": 1}})
+    distributed = why_alone(alone).rpartition(" with ")[2].removesuffix(".").split()
+    monkeypatch.delenv("WORLD_SIZE")
     run(*command, "--update-freq", 2, "--save-dir", tmp_path / "one")
     torchrun = ("torchrun", "--standalone", "--nproc_per_node", 2, find_script("fairseq-train"))
     run(*torchrun, *command[1:], *distributed, "--save-dir", tmp_path / "two")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiled import compile_once
 from conftest import ROOT
 from torch.utils import cpp_extension
 
@@ -30,16 +31,20 @@ def architectures() -> list[str]:
     return [str(n) for n in numbers if n in (numbers[0], 80, 86, 90, numbers[-1])]
 
 
-def test_no_kernel_spills_registers_or_uses_local_memory(tmp_path):
+def test_no_kernel_spills_registers_or_uses_local_memory(tmp_path, compiled):
     wanted = architectures()
     command = [str(NVCC), "-std=c++17", "-O3", "-fatbin", "--threads=2", "-Xptxas=-v,-warn-spills"]
     command += [f"-gencode=arch=compute_{n},code=sm_{n}" for n in wanted]
-    source = SOURCES / "fast_weights_cuda_kernels.cu"
-    run = subprocess.run(
-        [*command, str(source), "-o", str(tmp_path / "kernels.fatbin")], capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr
-    report = run.stdout + run.stderr
+
+    def write_report(path: Path) -> None:
+        source = SOURCES / "fast_weights_cuda_kernels.cu"
+        run = subprocess.run(
+            [*command, str(source), "-o", str(tmp_path / "kernels.fatbin")], capture_output=True, text=True, timeout=600
+        )
+        assert run.returncode == 0, run.stderr
+        path.write_text(run.stdout + run.stderr)
+
+    report = compile_once(compiled, command, [*SOURCES.glob("*.cu*"), *SOURCES.glob("*.h")], write_report).read_text()
     found = re.findall(
         r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers",

@@ -138,15 +138,13 @@ def test_reads(plain_on_cpu, feature_map, normalization, normalized):
 def test_a_step_is_captured_in_a_graph():
     def step(state: Tensor, places: Tensor) -> Tensor:
         features = native.AddressFeatures("dpfp", 1, "sum")
-        out, moved = native.step(
-            q, k, v, strength, None, None, state, None, order, places, features, erases=True, complement=False
-        )
+        out, moved = native.step(q, k, v, beta, beta, None, state, None, order, places, features)
         places.copy_(moved)
         return out
 
     generator = torch.Generator("cuda").manual_seed(1)
     q, k, v = (torch.randn(6, 2, 8, device="cuda", generator=generator) for _ in range(3))
-    strength = torch.randn(6, 2, device="cuda", generator=generator)
+    beta = torch.rand(6, 2, device="cuda", generator=generator)
     order = torch.tensor([1, 1, 0, 5, 5, 5], device="cuda")
     start = torch.randn(6, 2, 16, 8, device="cuda", generator=generator)
 

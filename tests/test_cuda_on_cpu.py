@@ -38,9 +38,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, tor
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+def kernels(compiled: Path) -> Kernels:
     sanitize = os.environ.get("FWP_SANITIZE") == "1"
-    return Kernels(compile_kernels(tmp_path_factory.mktemp("kernels"), sanitize=sanitize))
+    return Kernels(compile_kernels(compiled, sanitize=sanitize))
 
 
 def check_scan(kernels: Kernels, shape, uses, dtype, **options) -> None:
@@ -206,7 +206,7 @@ def test_an_order_that_points_nowhere_ends_the_kernel(kernels, order, places, go
     features = native.AddressFeatures("none")
 
     def step() -> bool:
-        kernels.step(q, q, v, None, None, None, state, None, order, places, features, erases=False, complement=False)
+        kernels.step(q, q, v, None, None, None, state, None, order, places, features)
         return True
 
     assert in_child(step) == goes_on
@@ -275,7 +275,7 @@ def test_without_any_one_barrier_results_are_wrong(kernels, file, line):
     assert not in_child(right), f"{file}, line {line}: nothing depends on this barrier"
 
 
-def test_nothing_leaves_its_buffers_and_mistakes_are_noticed(tmp_path):
+def test_nothing_leaves_its_buffers_and_mistakes_are_noticed(tmp_path, compiled):
     """With the address sanitizer, which is a library that has to be there before Python is."""
     runtime = [
         subprocess.check_output(["g++", f"-print-file-name={n}"], text=True) for n in ("libasan.so", "libstdc++.so.6")
@@ -288,7 +288,7 @@ def test_nothing_leaves_its_buffers_and_mistakes_are_noticed(tmp_path):
     }
     script = ROOT / "tests" / "cuda_on_cpu" / "mistakes.py"
     run = subprocess.run(
-        [sys.executable, script, compile_with_mistakes(tmp_path)],
+        [sys.executable, script, compile_with_mistakes(tmp_path, compiled)],
         env=environment,
         capture_output=True,
         text=True,

@@ -101,7 +101,7 @@ WRONG = [
     ("--update-rule fwm --attention-normalization", 1, "does not go with --update-rule fwm"),
     ("--update-rule fwm --fast-weight-backend native", 1, "--fast-weight-backend, with --update-rule fwm"),
     ("--update-rule sum --fast-weight-backend fla", 1, "--fast-weight-backend is fla, which has --update-rule delta"),
-    ("--fast-weight-backend fla", 1, "backend is 'fla', which needs"),
+    ("--fast-weight-backend fla", 1, "--fast-weight-backend is fla, which needs a GPU"),
     ("--cross-attention fast-weight --whole-memory-feature-map tanh", 1, "--key-normalization is sum, but"),
 ]
 

@@ -14,6 +14,7 @@ from test_models import generate, sharpened
 from tiny_models import PLACES, places, translation_batch
 from torch import Tensor
 
+from fwp_fairseq.modules.few_rows_linear import use_few_rows_linear
 from fwp_fairseq.modules.key_features import KeyFeatures
 from fwp_fairseq.ops import UPDATE_RULES, Gates, fast_weight_step, native, normalized_read, normalized_step
 
@@ -57,13 +58,12 @@ class Hypotheses:
         """Read-outs of both."""
         rows = self.exact.size(0) if order is None else order.size(0)
         q, k, v = self.draw(rows, self.features.d_key), self.draw(rows, self.features.d_key), self.draw(rows, self.d_v)
-        strength = self.draw(rows) if self.rule.strength else None
-        kept = self.draw(rows) if self.rule.forgets == "learned" else None
+        logits = (self.draw(rows) if used else None for used in (self.rule.strength, self.rule.forgets == "learned"))
+        beta, alpha = (None if x is None else x.double().sigmoid() for x in logits)
 
         if order is not None:
             self.exact = self.exact[order]
             self.exact_z = None if self.exact_z is None else self.exact_z[order]
-        beta, alpha = (None if x is None else x.double().sigmoid() for x in (strength, kept))
         gates = self.rule.gates(beta, alpha, None if padding is None else padding[:, None])
         gates = Gates(*(None if g is None else g.double().expand(rows, 2) for g in gates))
         address_q, address_k = self.features(q.double(), k.double())
@@ -73,8 +73,8 @@ class Hypotheses:
             expected = normalized_step(address_q, address_k, v.double(), gates, self.exact, self.exact_z)
 
         found, self.places = native.step(
-            q, k, v, strength, kept, padding, self.state, self.z, order, self.places,
-            self.features.address_features(), erases=self.rule.erases, complement=self.rule.forgets == "complement",
+            q, k, v, *(None if g is None else g.to(self.state.dtype) for g in gates), self.state, self.z, order,
+            self.places, self.features.address_features(),
         )  # fmt: skip
         return found, expected
 
@@ -169,10 +169,10 @@ def test_zero_and_extreme_vectors_stay_finite_and_equal_the_plain_features(featu
 def test_the_operators_keep_torchs_rules_for_operators():
     q, v = torch.randn(4, 2, 3), torch.randn(4, 2, 5)
     state, z = torch.randn(4, 2, 6, 5), torch.rand(4, 2, 6, 1)
-    gate, order = torch.randn(4, 2), torch.tensor([1, 1, 0, 3])
+    gate, order = torch.rand(4, 2), torch.tensor([1, 1, 0, 3])
     # Aliases and shapes; there is no gradient to check.
     checks = ("test_schema", "test_faketensor")
-    arguments = (q, q, v, gate, None, None, state, z, order, None, None, "dpfp", 1, "sum", True, False)
+    arguments = (q, q, v, gate, gate, None, state, z, order, None, None, "dpfp", 1, "sum")
     torch.library.opcheck(torch.ops.fwp_fairseq.step.default, arguments, test_utils=checks)
     torch.library.opcheck(torch.ops.fwp_fairseq.read.default, (q, state, z, None, "dpfp", 1, "sum"), test_utils=checks)
 
@@ -190,8 +190,8 @@ def test_the_operators_keep_torchs_rules_for_operators():
         ({"state": torch.randn(4, 2, 5, 6).mT}, "contiguous"),
         ({"state": torch.randn(4, 2, 6, 5).double()}, "type of accumulation"),
         ({"normalizer": torch.randn(4, 2, 5, 1)}, "normalizer must be"),
-        ({"strength": torch.randn(4)}, "strength is not of shape"),
-        ({"padding": torch.zeros(3, dtype=torch.bool)}, "padding must be"),
+        ({"write": torch.rand(4)}, "write is not of shape"),
+        ({"decay": torch.rand(3, 2)}, "decay is not of shape"),
         ({"nu": 6}, "nu is 6, allowed is 1 to 2"),
         ({"feature_map": "relu"}, "feature_map is relu"),
         ({"feature_map": "favor"}, "favor needs a projection"),
@@ -200,10 +200,9 @@ def test_the_operators_keep_torchs_rules_for_operators():
 )
 def test_the_raw_operator_refuses_what_would_be_read_or_written_out_of_bounds(change, message):
     arguments = {
-        "q": torch.randn(4, 2, 3), "k": torch.randn(4, 2, 3), "v": torch.randn(4, 2, 5), "strength": None,
-        "kept": None, "padding": None, "state": torch.randn(4, 2, 6, 5), "normalizer": None, "order": None,
+        "q": torch.randn(4, 2, 3), "k": torch.randn(4, 2, 3), "v": torch.randn(4, 2, 5), "write": None,
+        "erase": None, "decay": None, "state": torch.randn(4, 2, 6, 5), "normalizer": None, "order": None,
         "places": None, "projection": None, "feature_map": "dpfp", "nu": 1, "key_normalization": "sum",
-        "erases": False, "complement": False,
     }  # fmt: skip
     torch.ops.fwp_fairseq.step(*arguments.values())
     before = arguments["state"].clone()
@@ -219,7 +218,7 @@ def test_attention_decodes_as_without_the_compiled_step(config):
     plain = build(config, causal=True)
     plain.load_state_dict(attention.state_dict())
     plain.backend = "chunk"
-    attention.make_generation_fast_()
+    use_few_rows_linear(attention)
     states: tuple[dict, dict] = ({}, {})
     orders = [None, [1, 1, 0], [2, 0, 2], [0, 2], None, [1]]
     rows = 3

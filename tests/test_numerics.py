@@ -41,11 +41,7 @@ def test_the_compiled_step_normalises_to_length_one_as_the_module_does(feature_m
     expected_q, expected_k = module(q, k)
     torch.testing.assert_close(expected_k.norm(dim=-1), torch.ones(3, 2))
     v, state = torch.randn(3, 2, 4), torch.zeros(3, 2, module.size, 4)
-    out, _ = native.step(
-        *(q, k, v, None, None, None, state, None, None, None, module.address_features()),
-        erases=False,
-        complement=False,
-    )
+    out, _ = native.step(q, k, v, None, None, None, state, None, None, None, module.address_features())
     torch.testing.assert_close(state, expected_k[..., :, None] * v[..., None, :], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out, (expected_q * expected_k).sum(-1, keepdim=True) * v, rtol=1e-4, atol=1e-5)
 

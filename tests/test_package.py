@@ -1,5 +1,6 @@
 """What a user gets from pip: the files, the versions, the user dir, and a clear word where fairseq is missing."""
 
+import logging
 import re
 import shutil
 import subprocess
@@ -7,12 +8,16 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
 from conftest import ROOT, Corpus, Run, needs_native
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import fwp_fairseq
+from fwp_fairseq.__main__ import main
+from fwp_fairseq.ops import native
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +41,88 @@ def python_without_fairseq(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", block + code], capture_output=True, text=True, cwd=ROOT)
 
 
+def module(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """What ``python -m fwp_fairseq`` with these arguments returns, in this process."""
+    monkeypatch.setattr(sys, "argv", ["fwp_fairseq", *arguments])
+    # The level that it sets stays with a process.
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    return main()
+
+
 def test_the_module_prints_the_user_dir_and_nothing_else(run: Run, tmp_path: Path) -> None:
     assert run("python", "-m", "fwp_fairseq", cwd=tmp_path).stdout == f"{ROOT / 'fwp_fairseq'}\n"
+
+
+@pytest.mark.parametrize("arguments, word", [(["--chekc"], "--chekc"), (["--check", "--mends"], "not allowed with")])
+def test_the_module_refuses_other_arguments(
+    arguments: list[str], word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        module(monkeypatch, *arguments)
+    assert stopped.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_the_module_lists_what_is_changed_in_fairseq(run: Run) -> None:
+    pytest.importorskip("fairseq")
+    from fwp_fairseq.fairseq_mends import MENDS
+
+    # A variable, so that the process has not imported fairseq.
+    blocks = run("python", "-m", "fwp_fairseq", "--mends", PYTHONPATH=str(ROOT)).stdout.strip().split("\n\n")
+    assert [block.split(":")[0] for block in blocks] == list(MENDS)
+    assert all("\n    changes: " in block and "\n    It can go " in block for block in blocks)
+
+
+@needs_native
+def test_check_names_what_a_training_would_use_and_where_it_lies(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fairseq = pytest.importorskip("fairseq")
+    assert module(monkeypatch, "--check") == 0
+    printed = capsys.readouterr().out
+    for library in (torch, numpy, fairseq):
+        assert f"{library.__name__} {library.__version__}: {Path(str(library.__file__)).parent}\n" in printed
+    assert f"fwp_fairseq {fwp_fairseq.__version__}: {ROOT / 'fwp_fairseq'}\n" in printed
+    assert f": {native.library_in(ROOT / 'fwp_fairseq')}\n" in printed
+    assert "Problem" not in printed
+
+
+def test_check_fails_without_operators_or_fairseq_and_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(native, "unavailable", "they were not built")
+    monkeypatch.setitem(sys.modules, "fairseq", None)
+    assert module(monkeypatch, "--check") == 1
+    printed = capsys.readouterr().out
+    assert "Problem: no compiled operators: they were not built\n" in printed
+    assert "Problem: fairseq cannot be imported: " in printed and "pip install 'fwp-fairseq[fairseq]'" in printed
+
+
+def test_a_copy_without_operators_names_the_one_that_has_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clone, installed = tmp_path / "clone" / "fwp_fairseq", tmp_path / "site" / "fwp_fairseq"
+    for copy in (clone, installed):
+        copy.mkdir(parents=True)
+        (copy / "__init__.py").touch()
+    monkeypatch.setattr(native, "__file__", str(clone / "ops" / "native.py"))
+    monkeypatch.setattr(sys, "path", [str(clone.parent), str(installed.parent)])
+    monkeypatch.setattr(sys, "meta_path", [])
+    assert native.copies() == [clone, installed]
+    assert str(installed) not in str(native._load())
+    version = torch.__version__.split("+")[0].replace(".", "_")
+    (installed / f"{native.LIBRARY_PREFIX}{version}.so").touch()
+    reason = str(native._load())
+    assert str(clone) in reason and str(installed) in reason and native.REMEDY in reason
+
+
+def test_a_build_that_pip_isolates_finds_the_torch_of_the_environment() -> None:
+    """pip builds where the environment's folder of packages is not on Python's path."""
+    code = """
+import runpy, setuptools, setuptools.command.build_ext, sys
+setuptools.setup = lambda **package: print(*(extension.name for extension in package["ext_modules"]))
+sys.path = [folder for folder in sys.path if not folder.endswith("-packages")]
+runpy.run_path("setup.py")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert f"fwp_fairseq.{native.LIBRARY_PREFIX}" in result.stdout, result.stderr
 
 
 def test_an_installed_package_has_every_file_of_the_clone(installed: Path) -> None:

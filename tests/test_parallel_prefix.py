@@ -107,9 +107,9 @@ def test_nothing_of_a_prompt_is_left_behind():
     model = sharpen(build_lm())
     prompt = tokens(model, 2, 6)
     generate(ParallelPrefixGenerator, [model], prompt, 2)
-    assert model.decoder.prefix is None
+    assert model.decoder._here.prefix is None
     attentions = [m for m in model.modules() if isinstance(m, FastWeightAttention)]
-    assert attentions and all(m._after is None and not m._before for m in attentions)
+    assert attentions and all(m._carried() is None and m._anywhere is None for m in attentions)
     with pytest.raises(AssertionError, match="min_len"):  # fairseq's own check
         generate(ParallelPrefixGenerator, [model], prompt, 2, min_len=50)
-    assert model.decoder.prefix is None
+    assert model.decoder._here.prefix is None

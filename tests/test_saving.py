@@ -22,7 +22,6 @@ from fwp_fairseq.fairseq_mends.whole_checkpoints import replace_atomically, save
 pytest.importorskip("fairseq")
 from campaigns import kills  # noqa: E402
 from fairseq import checkpoint_utils, file_io  # noqa: E402
-from tiny_models import build_lm  # noqa: E402
 
 
 def load(path: Path) -> Any:
@@ -108,31 +107,24 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name_and_then_the_name(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_broken_parameters_are_not_saved_but_in_the_report_of_a_crash(tmp_path: Path, value: float) -> None:
-    path = tmp_path / "checkpoint_last.pt"
-    save_whole(state(1.0), str(path))
-    with pytest.raises(FloatingPointError, match="weight is infinite or not a number.*--lr"):
-        checkpoint_utils.torch_persistent_save(state(value), str(path))
-    assert load(path)["model"]["weight"].tolist() == [1.0] * 4
-    checkpoint_utils.torch_persistent_save(state(value), str(tmp_path / "crash.pt"))
-    assert not load(tmp_path / "crash.pt")["model"]["weight"].isfinite().any()
+def test_the_average_of_checkpoints_is_not_written_if_a_parameter_of_one_is_broken(
+    tmp_path: Path, value: float
+) -> None:
+    files = [str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]
+    for first, second in ((value, 1.0), (1.0, value)):
+        for file, content in zip(files, (first, second), strict=True):
+            torch.save(state(content), file)
+        with pytest.raises(SystemExit, match="weight is infinite or not a number"):
+            average_main(["--inputs", *files, "--output", str(tmp_path / "c.pt")])
+        assert not (tmp_path / "c.pt").exists()
 
 
-def test_memory_that_fairseq_never_writes_is_not_taken_for_a_broken_parameter(tmp_path: Path) -> None:
-    flags = [f"--adaptive-{of}-{name}" for of in ("input", "softmax") for name in ("factor=1", "cutoff=8,14")]
-    model = build_lm("--adaptive-input", "--tie-adaptive-weights", *flags).state_dict()
-    uninitialised = [name for name in model if name.endswith("_float_tensor")]
-    assert len(uninitialised) == 2
-    for name in uninitialised:
-        model[name].fill_(float("nan"))
-    save_whole({"model": model}, str(tmp_path / "checkpoint_last.pt"))
-
-
-def test_the_average_of_checkpoints_is_not_written_if_a_parameter_is_broken(tmp_path: Path) -> None:
-    torch.save(state(float("nan")), tmp_path / "a.pt")
-    with pytest.raises(SystemExit, match="weight is infinite or not a number"):
-        average_main(["--inputs", str(tmp_path / "a.pt"), "--output", str(tmp_path / "b.pt")])
-    assert not (tmp_path / "b.pt").exists()
+def test_memory_that_a_model_never_writes_does_not_keep_checkpoints_from_being_averaged(tmp_path: Path) -> None:
+    files = [str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]
+    for file, content in zip(files, (1.0, 2.0), strict=True):
+        torch.save({"model": {**state(content)["model"], "unused": torch.tensor([float("nan"), 3.0])}}, file)
+    average_main(["--inputs", *files, "--output", str(tmp_path / "c.pt")])
+    assert load(tmp_path / "c.pt")["model"]["weight"].tolist() == [1.5] * 4
 
 
 TRAINING = (

@@ -79,11 +79,11 @@ def test_perplexity_does_not_depend_on_the_length_of_segments(flags):
     torch.manual_seed(0)
     model, _ = build_streaming_lm(*flags)
     lines = Lines(*[13, 40, 7] * 7)
-    found = [evaluate(model, streams_of(lines, length)) for length in (1, 64, 384, 420)]
+    found = [evaluate([model], batches(streams_of(lines, length))) for length in (1, 64, 384, 420)]
     assert {e.tokens for e in found} == {420} and len({e.state for e in found}) == 1
     assert [e.loss for e in found] == pytest.approx([found[-1].loss] * 4, rel=1e-4)
     # In five streams, which end in segments of their own, the contexts are others.
-    parts = [evaluate(model, streams_of(lines, length, 5)) for length in (1, 10, 64)]
+    parts = [evaluate([model], batches(streams_of(lines, length, 5))) for length in (1, 10, 64)]
     assert [e.loss for e in parts] == pytest.approx([parts[0].loss] * 3, rel=1e-4)
     assert parts[0].loss != pytest.approx(found[0].loss, rel=1e-6)
 
@@ -92,7 +92,7 @@ def test_padding_after_the_end_of_a_stream_does_not_matter():
     torch.manual_seed(0)
     model, _ = build_streaming_lm()
     lines = Lines(10, 7)  # in two streams 9 and 8
-    found = evaluate(model, streams_of(lines, 4, 2))
+    found = evaluate([model], batches(streams_of(lines, 4, 2)))
     words = torch.cat(list(lines))
     expected = 0.0
     for source, target in ((torch.cat([torch.tensor([2]), words[:8]]), words[:9]), (words[8:16], words[9:])):
@@ -108,13 +108,13 @@ def test_adaptive_softmax_gives_the_perplexity_of_its_log_probabilities():
     (batch,) = batches(streams_of(lines, 50))
     log_probs = model.get_normalized_probs(model.eval()(batch["net_input"]["src_tokens"]), log_probs=True)
     expected = -log_probs.gather(2, batch["target"][..., None]).mean()
-    assert evaluate(model, streams_of(lines, 7)).loss == pytest.approx(float(expected), rel=1e-5)
+    assert evaluate([model], batches(streams_of(lines, 7))).loss == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_the_medium_model_of_the_paper_carries_131072_numbers():
     flags = ["--adaptive-input-cutoff", "8,12", "--adaptive-softmax-cutoff", "8,12"]
     model, _ = build_streaming_lm(*flags, arch="fwp_transformer_lm_wiki103_medium", tiny=False)
-    found = evaluate(model, streams_of(Lines(8), 2, 2))
+    found = evaluate([model], batches(streams_of(Lines(8), 2, 2)))
     assert (found.state, found.state_bytes) == (131_072, 524_288)
 
 
@@ -410,7 +410,7 @@ def prompts_and_continuations(beam):
     prompts[1, 7:] = 1
     generator = SequenceGenerator([model], task.target_dictionary, beam_size=beam, max_len_b=6)
     found = task.inference_step(generator, [model], {"net_input": {"src_tokens": prompts}})
-    assert model.decoder.starting_state is None
+    assert all(attention._carried() is None for attention in model.decoder.self_attentions())
     return model, [(prompt[prompt.ne(1)], hypotheses) for prompt, hypotheses in zip(prompts, found)]
 
 

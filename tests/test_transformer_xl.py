@@ -73,7 +73,7 @@ def test_a_memory_as_long_as_the_text_makes_segments_the_whole():
     torch.manual_seed(0)
     model, _ = build("--memory-length", "50")
     lines = Lines(20, 28)
-    found = [evaluate(model, streams_of(lines, length)) for length in (1, 7, 48)]
+    found = [evaluate([model], batches(streams_of(lines, length))) for length in (1, 7, 48)]
     assert [e.loss for e in found] == pytest.approx([found[0].loss] * 3, rel=1e-5)
     assert {e.state for e in found} == {2 * 48 * 8}
 
@@ -130,7 +130,7 @@ def test_the_rows_of_table_4_have_the_state_of_the_paper(memory_length, numbers)
     flags = ["--adaptive-input-cutoff", "8,12", "--adaptive-softmax-cutoff", "8,12"]
     flags += ["--memory-length", "100", "--eval-memory-length", str(memory_length)]
     model, _ = build_streaming_lm(*flags, arch="transformer_xl_wiki103_medium", tiny=False)
-    assert evaluate(model, streams_of(Lines(260), 130)).state == numbers
+    assert evaluate([model], batches(streams_of(Lines(260), 130))).state == numbers
 
 
 def test_the_medium_model_has_the_paper_s_90_9_million_parameters():

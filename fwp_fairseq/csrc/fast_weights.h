@@ -68,9 +68,7 @@ struct Step {
     Features features;
     Sequence q, k;                           // (rows, H, d_key): batch and head strides
     Sequence v, out;                         // (rows, H, Dv)
-    Sequence strength, kept;                 // (rows, H) before their sigmoid: beta and alpha; null: 1
-    const bool* padding = nullptr;           // (rows): true where the memory stays as it is; or null
-    bool erases = false, complement = false;  // erase = beta; decay = 1 - beta
+    Sequence write, erase, decay;            // (rows, H); null: 1, 0, 1
     void* state = nullptr;                   // (slots, H, Dk, Dv), in the type of the accumulation
     void* normalizer = nullptr;              // (slots, H, Dk): z of attention normalisation, or null: none
     const int64_t *order = nullptr, *places = nullptr;

@@ -17,9 +17,6 @@ T smallest_divisor() { return std::sqrt(std::numeric_limits<T>::min()); }
 template <class T>
 T inverse_of(T total) { return total > smallest_divisor<T>() ? 1 / total : T(0); }
 
-template <class T>
-T sigmoid(T x) { return x >= 0 ? 1 / (1 + std::exp(-x)) : std::exp(x) / (1 + std::exp(x)); }
-
 // softmax([p; -p]) for p in the first half of `x`.
 template <class T>
 void softmax_of_both_signs(T* x, int64_t half) {
@@ -189,10 +186,9 @@ struct Row {
 };
 
 template <class T>
-T gate_of(const Sequence& gate, int64_t row, int64_t head) {
-    T value{};
-    load(gate.at(row, head, 0), 0, 1, 0, 1, &value, 1);
-    return sigmoid(value);
+T gate_of(const Sequence& gate, int64_t row, int64_t head, T value) {
+    if (gate.data) load(gate.at(row, head, 0), 0, 1, 0, 1, &value, 1);
+    return value;
 }
 
 // Row `row` goes on from the memory in place `from`, to place `to`.
@@ -204,18 +200,15 @@ void step_row(const Step& p, int64_t row, int64_t head, int64_t from, int64_t to
     buffers.address_with(f, p.k, row, head, buffers.k);
     load(p.v.at(row, head, 0), 0, 1, 0, int(dv), buffers.v, dv);
     Token<T> token{dk, dv, buffers.q, buffers.k, buffers.v, 1, 0, 1, nullptr, nullptr, buffers.out};
-    if (p.strength.data) token.write = gate_of<T>(p.strength, row, head);
-    if (p.erases) token.erase = token.write;
-    if (p.complement) token.decay = 1 - token.write;
-    if (p.kept.data) token.decay = gate_of<T>(p.kept, row, head);
-    if (p.padding && p.padding[row]) token.write = token.erase = 0, token.decay = 1;
+    token.write = gate_of(p.write, row, head, T(1)), token.erase = gate_of(p.erase, row, head, T(0));
+    token.decay = gate_of(p.decay, row, head, T(1));
     T scale = 1;
     if (p.normalizer) {
         // ops/attention_normalization.py: z counts a token in full where the rule erases, else what it writes.
         const T* z = static_cast<const T*>(p.normalizer) + (from * p.heads + head) * dk;
         T* next = static_cast<T*>(p.normalizer) + (to * p.heads + head) * dk;
-        const T counted = p.erases ? T(token.write != 0) : token.write;
-        if (p.erases) token.erase *= inverse_of(token.decay * dot(z, token.k, int(dk)));
+        const T counted = p.erase.data ? T(token.write != 0) : token.write;
+        if (p.erase.data) token.erase *= inverse_of(token.decay * dot(z, token.k, int(dk)));
         for (int64_t i = 0; i < dk; ++i) next[i] = token.decay * z[i] + counted * token.k[i];
         scale = inverse_of(dot(next, token.q, int(dk)));
     }

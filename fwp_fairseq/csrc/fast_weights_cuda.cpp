@@ -86,15 +86,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward
 }
 
 std::tuple<Tensor, Tensor> step(
-    const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& strength, const optional<Tensor>& kept,
-    const optional<Tensor>& padding, const Tensor& state, const optional<Tensor>& normalizer,
+    const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& write, const optional<Tensor>& erase,
+    const optional<Tensor>& decay, const Tensor& state, const optional<Tensor>& normalizer,
     const optional<Tensor>& order, const optional<Tensor>& places, const optional<Tensor>& projection,
-    std::string_view feature_map, int64_t nu, std::string_view key_normalization, bool erases, bool complement) {
-    check_devices(k, q, v, strength, kept, padding, state, normalizer, order, places, projection);
+    std::string_view feature_map, int64_t nu, std::string_view key_normalization) {
+    check_devices(k, q, v, write, erase, decay, state, normalizer, order, places, projection);
     const at::DeviceGuard guard(k.device());
     const fwp::StepCall call(
-        q, k, v, strength, kept, padding, state, normalizer, order, places, projection, feature_map, nu,
-        key_normalization, erases, complement);
+        q, k, v, write, erase, decay, state, normalizer, order, places, projection, feature_map, nu,
+        key_normalization);
     const fwp::Step& p = call.problem;
     const bool wide = state.scalar_type() == at::kDouble;
     check_key(p.features.dk, wide);

@@ -57,13 +57,13 @@ fwp::Moves plan(const fwp::Step& p) {
 int64_t grain(int64_t cost) { return std::max<int64_t>(1, 100000 / std::max<int64_t>(1, cost)); }
 
 std::tuple<Tensor, Tensor> step(
-    const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& strength, const optional<Tensor>& kept,
-    const optional<Tensor>& padding, const Tensor& state, const optional<Tensor>& normalizer,
+    const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& write, const optional<Tensor>& erase,
+    const optional<Tensor>& decay, const Tensor& state, const optional<Tensor>& normalizer,
     const optional<Tensor>& order, const optional<Tensor>& places, const optional<Tensor>& projection,
-    std::string_view feature_map, int64_t nu, std::string_view key_normalization, bool erases, bool complement) {
+    std::string_view feature_map, int64_t nu, std::string_view key_normalization) {
     fwp::StepCall call(
-        q, k, v, strength, kept, padding, state, normalizer, order, places, projection, feature_map, nu,
-        key_normalization, erases, complement);
+        q, k, v, write, erase, decay, state, normalizer, order, places, projection, feature_map, nu,
+        key_normalization);
     const fwp::Step& p = call.problem;
     const fwp::Moves moves = plan(p);
     at::parallel_for(
@@ -92,9 +92,9 @@ Tensor read_memory(
 
 TORCH_LIBRARY_FRAGMENT(fwp_fairseq, m) {
     m.def(
-        "step(Tensor q, Tensor k, Tensor v, Tensor? strength, Tensor? kept, Tensor? padding, Tensor(a!) state, "
+        "step(Tensor q, Tensor k, Tensor v, Tensor? write, Tensor? erase, Tensor? decay, Tensor(a!) state, "
         "Tensor(b!)? normalizer, Tensor? order, Tensor? places, Tensor? projection, str feature_map, int nu, "
-        "str key_normalization, bool erases, bool complement) -> (Tensor out, Tensor places)");
+        "str key_normalization) -> (Tensor out, Tensor places)");
     m.def(
         "read(Tensor q, Tensor state, Tensor? normalizer, Tensor? projection, str feature_map, int nu, "
         "str key_normalization) -> Tensor");

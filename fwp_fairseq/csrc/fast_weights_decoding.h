@@ -54,11 +54,11 @@ struct StepCall {
     std::vector<at::Tensor> held;
 
     StepCall(
-        const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& strength,
-        const std::optional<at::Tensor>& kept, const std::optional<at::Tensor>& padding, const at::Tensor& state,
+        const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& write,
+        const std::optional<at::Tensor>& erase, const std::optional<at::Tensor>& decay, const at::Tensor& state,
         const std::optional<at::Tensor>& normalizer, const std::optional<at::Tensor>& order,
         const std::optional<at::Tensor>& places, const std::optional<at::Tensor>& projection,
-        std::string_view feature_map, int64_t nu, std::string_view key_normalization, bool erases, bool complement) {
+        std::string_view feature_map, int64_t nu, std::string_view key_normalization) {
         TORCH_CHECK_VALUE(
             q.dim() == 3 && v.dim() == 3 && q.sizes() == k.sizes() && v.sizes().slice(0, 2) == k.sizes().slice(0, 2),
             "q and k must be (n, H, d_key), v (n, H, Dv)");
@@ -76,15 +76,8 @@ struct StepCall {
             TORCH_CHECK_VALUE(x->sizes() == k.sizes().slice(0, 2), name, " is not of shape (n, H)");
             return token_of(*x);
         };
-        problem.strength = gate(strength, "strength");
-        problem.kept = gate(kept, "kept");
-        problem.erases = erases, problem.complement = complement;
-        if (padding) {
-            TORCH_CHECK_VALUE(
-                padding->scalar_type() == at::kBool && padding->sizes() == at::IntArrayRef({problem.rows}),
-                "padding must be (n), of booleans");
-            problem.padding = held.emplace_back(padding->contiguous()).const_data_ptr<bool>();
-        }
+        problem.write = gate(write, "write"), problem.erase = gate(erase, "erase");
+        problem.decay = gate(decay, "decay");
         problem.state = state.data_ptr();
         if (normalizer) {
             TORCH_CHECK_VALUE(

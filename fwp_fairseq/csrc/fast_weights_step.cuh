@@ -167,9 +167,6 @@ struct Access {
     }
 };
 
-template <class T>
-__device__ __forceinline__ T sigmoid(T x) { return 1 / (1 + exp(-x)); }
-
 // 1 / total where there is something to divide by, else 0.
 template <class T>
 __device__ __forceinline__ T inverse(T total) { return total > smallest_divisor<T>() ? 1 / total : T(0); }
@@ -205,12 +202,11 @@ __global__ void __launch_bounds__(kStepThreads, (kStepBlocks<T, ROWS>))
             access.load_projected(step.q, row, head, access.x + access.d_key);
             make_features<2>(step.features, access.x, access.phi, access.scratch);
 
-            const auto gate = [&](const Sequence& x) { return sigmoid(load<T>(x, start_of(x, row, head))); };
-            const bool padding = step.padding && step.padding[row];
-            const T beta = step.strength.data ? gate(step.strength) : T(1);
-            const T write = padding ? T(0) : beta;
-            const T decay = padding ? T(1) : step.complement ? 1 - beta : step.kept.data ? gate(step.kept) : T(1);
-            T erase = step.erases ? write : T(0), share = 1;  // of what is read
+            const auto gate = [&](const Sequence& x, T value) {
+                return x.data ? load<T>(x, start_of(x, row, head)) : value;
+            };
+            const T write = gate(step.write, T(1)), decay = gate(step.decay, T(1));
+            T erase = gate(step.erase, T(0)), share = 1;  // of what is read
 
             T dots[3] = {};  // k . q, z . k, z . q
 #pragma unroll 1
@@ -221,7 +217,7 @@ __global__ void __launch_bounds__(kStepThreads, (kStepBlocks<T, ROWS>))
             block_sums(dots, access.scratch);
             if (normalizes) {
                 // Rules that erase count every token that writes at all in full, the others what it writes.
-                const T count = step.erases ? T(write != 0) : write;
+                const T count = step.erase.data ? T(write != 0) : write;
                 erase *= inverse(decay * dots[1]);
                 share = inverse(decay * dots[2] + count * dots[0]);
                 if (tile == first_tile)

@@ -10,18 +10,24 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from fwp_fairseq._registration import require_fairseq
+
 logger = logging.getLogger(__name__)
 
 # In this order: what a later one wraps is what an earlier one has put there.
 MENDS = (
+    "numpy_2",
     "safe_loading",
     "checkpoint_options",
     "whole_checkpoints",
+    "sound_parameters",
     "every_process_saves",
     "resuming",
     "one_training",
     "divergence",
     "background_loading",
+    "quiet_logs",
+    "evaluation_in_blocks",
 )
 
 
@@ -44,7 +50,8 @@ def _module(name: str) -> ModuleType:
 
 
 def mends() -> list[Mend]:
-    """All changes, in the order in which they are made."""
+    """All changes, in the order in which they are made. Raises ImportError without fairseq."""
+    require_fairseq()
     return [_describe(name, _module(name)) for name in MENDS]
 
 

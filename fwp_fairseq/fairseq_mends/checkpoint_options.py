@@ -14,8 +14,9 @@ from dataclasses import fields
 from typing import Any, Optional
 
 from fwp_fairseq.fairseq_mends import safe_loading
+from fwp_fairseq.fairseq_mends.trainings import of_trainings
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
-from fwp_fairseq.modules.places import CROSS_ATTENTION, DECODER_SELF_ATTENTION, ENCODER_SELF_ATTENTION, PLACE_FIELDS
+from fwp_fairseq.modules.places import DECODER_SELF_ATTENTION, PLACES, places_with_fast_weights
 
 CHANGES = ("fairseq.checkpoint_utils.load_checkpoint", "fairseq.checkpoint_utils.load_checkpoint_to_cpu")
 
@@ -50,24 +51,13 @@ def fast_weight_flags(options: Mapping[str, Any]) -> dict[str, str]:
     A model of fairseq's own has softmax everywhere. Options that a checkpoint of an earlier version lacks have their
     defaults.
     """
-    ours = _architecture(options).startswith("fwp_transformer")
-    causal_only = _architecture(options).startswith("fwp_transformer_lm")
-    kinds = {place: str(options.get(place, field.default)) for place, field in PLACE_FIELDS.items()}
-    kinds = {
-        place: kind if ours and (place == DECODER_SELF_ATTENTION or not causal_only) else "softmax"
-        for place, kind in kinds.items()
-    }
-    flags = {place.replace("_", "-"): kind for place, kind in kinds.items()}
-    if "fast-weight" not in kinds.values():
-        return flags
-    config = FastWeightConfig.from_args(argparse.Namespace(**options))
-    reads_whole = "fast-weight" in (kinds[ENCODER_SELF_ATTENTION], kinds[CROSS_ATTENTION])
-    maps = {str(config.for_whole_memory().feature_map)} if reads_whole else set()
-    maps |= {str(config.feature_map)} if kinds[DECODER_SELF_ATTENTION] == "fast-weight" else set()
-    ignored = {"_name", "fast_weight_backend"}
-    ignored |= {name for name, map_ in (("dpfp_nu", "dpfp"), ("favor_features", "favor")) if map_ not in maps}
-    if not reads_whole:
-        ignored |= {option.name for option in fields(config) if option.name.startswith("whole_memory_")}
+    architecture, namespace = _architecture(options), argparse.Namespace(**options)
+    there = (DECODER_SELF_ATTENTION,) if architecture.startswith("fwp_transformer_lm") else PLACES
+    places = places_with_fast_weights(namespace, there if architecture.startswith("fwp_transformer") else ())
+    flags = {place.replace("_", "-"): "fast-weight" if place in places else "softmax" for place in PLACES}
+    config = FastWeightConfig.from_args(namespace)
+    # These change how it is computed, not what.
+    ignored = {"_name", "cpu", "fast_weight_backend", *config.without_effect(places)}
     for option in fields(config):
         if option.name not in ignored:
             flags[option.name.replace("_", "-")] = str(getattr(config, option.name))
@@ -99,15 +89,15 @@ def install() -> None:
     from fairseq import checkpoint_utils
 
     safe_loading.check_loaded(check_options)
-    load_to_train, load_to_cpu = checkpoint_utils.load_checkpoint, checkpoint_utils.load_checkpoint_to_cpu
+    load_to_cpu = checkpoint_utils.load_checkpoint_to_cpu
 
-    def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
+    def load_checkpoint(load: Any, cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
         with _set(_wanted, trainer.cfg.model):
-            return load_to_train(cfg, trainer, **passthrough_args)
+            return load(cfg, trainer, **passthrough_args)
 
     def load_checkpoint_to_cpu(path: str, arg_overrides: Optional[dict[str, Any]] = None, **options: Any) -> Any:
         with _set(_overrides, arg_overrides):
             return load_to_cpu(path, arg_overrides, **options)
 
-    checkpoint_utils.load_checkpoint = load_checkpoint
+    of_trainings("load_checkpoint", load_checkpoint)
     checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu

@@ -6,23 +6,20 @@ there. A task that has ``before_checkpoint`` is called on all of them before.
 It can go when fairseq asks the tasks of all processes.
 """
 
-import functools
 from typing import Any
+
+from fwp_fairseq.fairseq_mends.trainings import of_trainings
 
 CHANGES = ("fairseq.checkpoint_utils.save_checkpoint",)
 
 
 def install() -> None:
     """Make fairseq call ``before_checkpoint`` of a task that has it."""
-    from fairseq import checkpoint_utils
 
-    save = checkpoint_utils.save_checkpoint
-
-    @functools.wraps(save)
-    def save_checkpoint(cfg: Any, trainer: Any, epoch_itr: Any, val_loss: Any) -> Any:
-        before_checkpoint = getattr(getattr(trainer, "task", None), "before_checkpoint", None)
+    def save_checkpoint(save: Any, cfg: Any, trainer: Any, epoch_itr: Any, val_loss: Any) -> Any:
+        before_checkpoint = getattr(trainer.task, "before_checkpoint", None)
         if before_checkpoint is not None and not cfg.no_save:
             before_checkpoint()
         return save(cfg, trainer, epoch_itr, val_loss)
 
-    checkpoint_utils.save_checkpoint = save_checkpoint
+    of_trainings("save_checkpoint", save_checkpoint)

@@ -11,6 +11,10 @@ import logging
 import os
 from typing import Any
 
+import torch
+
+from fwp_fairseq.fairseq_mends.trainings import of_trainings
+
 logger = logging.getLogger(__name__)
 
 CHANGES = ("fairseq.checkpoint_utils.load_checkpoint",)
@@ -22,10 +26,25 @@ _NAME = ".training.lock"
 _held: set[str] = set()
 
 
-def hold_folder(folder: str) -> None:
+def why_alone(cfg: Any) -> str:
+    """What to say to a training that is one of several by its launcher, but alone by its flags; "" if it is not."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes <= 1 or cfg.distributed_training.distributed_world_size > 1:
+        return ""
+    flags = f"--distributed-world-size {processes}"
+    if cfg.common.cpu or not torch.cuda.is_available():
+        flags += (
+            " --distributed-init-method env:// --distributed-rank=-1 --distributed-no-spawn --distributed-backend gloo"
+            " --ddp-backend legacy_ddp"
+        )
+    return f"WORLD_SIZE is {processes}, but each process trains alone: they train together with {flags}."
+
+
+def hold_folder(folder: str, hint: str = "") -> None:
     """Keep other processes from training into this folder until this one ends.
 
-    Raises RuntimeError if another one does. On a file system without locks nothing is held, with a warning.
+    Raises RuntimeError, with the hint, if another one does. On a file system without locks nothing is held, with a
+    warning.
     """
     path = os.path.join(os.path.realpath(folder), _NAME)
     if path in _held:
@@ -41,7 +60,8 @@ def hold_folder(folder: str) -> None:
     except (BlockingIOError, PermissionError):
         os.close(file)
         raise RuntimeError(
-            f"--save-dir {folder}: another training is writing into this folder. Wait for its end, or name another."
+            f"--save-dir {folder}: another training is writing into this folder. "
+            + (hint or "Wait for its end, or name another.")
         ) from None
     except OSError as error:
         os.close(file)
@@ -52,13 +72,12 @@ def hold_folder(folder: str) -> None:
 
 def install() -> None:
     """Make fairseq hold the folder that it saves into, before it reads a checkpoint."""
-    from fairseq import checkpoint_utils
 
-    fairseq_load = checkpoint_utils.load_checkpoint
-
-    def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
+    def load_checkpoint(load: Any, cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
+        if alone := why_alone(trainer.cfg):
+            logger.warning(alone)
         if trainer.is_data_parallel_master and not cfg.no_save:
-            hold_folder(cfg.save_dir)
-        return fairseq_load(cfg, trainer, **passthrough_args)
+            hold_folder(cfg.save_dir, alone)
+        return load(cfg, trainer, **passthrough_args)
 
-    checkpoint_utils.load_checkpoint = load_checkpoint
+    of_trainings("load_checkpoint", load_checkpoint)

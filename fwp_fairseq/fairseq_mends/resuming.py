@@ -15,37 +15,39 @@ looks at the limits before an update.
 import logging
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from fwp_fairseq.fairseq_mends.trainings import of_trainings
 
+logger = logging.getLogger(__name__)
 
 CHANGES = ("fairseq.checkpoint_utils.load_checkpoint",)
 
 
 def install() -> None:
     """Make fairseq resume with the batches of a training that began in epoch 1, and only what is not at its end."""
-    from fairseq import checkpoint_utils
     from fairseq.data.iterators import EpochBatchIterator
 
-    fairseq_load = checkpoint_utils.load_checkpoint
-
-    def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
-        extra_state, epoch_itr = fairseq_load(cfg, trainer, **passthrough_args)
+    def load_checkpoint(load: Any, cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
+        extra_state, epoch_itr = load(cfg, trainer, **passthrough_args)
         if reason := _why_it_ended(trainer, extra_state):
             logger.info(f"the training has come to its end before: {reason}")
             # No epoch has such a number; 0 stands for no limit.
             trainer.cfg.optimization.max_epoch = -1
-        dataset = trainer.task.dataset(trainer.cfg.dataset.train_subset)
-        # Where batches are made up for each epoch or each part of the data, they depend on that alone already.
-        kept = trainer.task.dataset_to_epoch_iter.get(dataset) is epoch_itr
-        if not kept or epoch_itr.epoch <= 1 or type(epoch_itr) is not EpochBatchIterator:
+        if type(epoch_itr) is not EpochBatchIterator or epoch_itr.epoch <= 1:
+            return extra_state, epoch_itr
+        # Where batches are made up for each epoch or each part of the data, they depend on that alone already, and no
+        # iterator is kept; data sets that cannot be hashed are of this kind.
+        iterators = trainer.task.dataset_to_epoch_iter
+        kept = [dataset for dataset, iterator in iterators.items() if iterator is epoch_itr]
+        if not kept:
             return extra_state, epoch_itr
         # The cache of the task would answer with the one that it has.
-        del trainer.task.dataset_to_epoch_iter[dataset]
+        for dataset in kept:
+            del iterators[dataset]
         first = trainer.get_train_iterator(epoch=1, load_dataset=False, **passthrough_args)
         first.load_state_dict(extra_state["train_iterator"])
         return extra_state, first
 
-    checkpoint_utils.load_checkpoint = load_checkpoint
+    of_trainings("load_checkpoint", load_checkpoint)
 
 
 def _why_it_ended(trainer: Any, extra_state: Any) -> str:

@@ -5,6 +5,9 @@ what is on its list; this module adds to the list what fairseq puts into checkpo
 and sees to it that fairseq loads in this way whatever the environment or the version of fairseq says. Without that
 fairseq 0.12.3 loads none of its own checkpoints with torch 2.6 and later, or, told to, runs what is in them.
 
+Some options fairseq evaluates as Python. A checkpoint in which one of them is more than a value is refused, and so is a
+training that would write one.
+
 It can go when fairseq loads with weights_only and a list of its own, and evaluates no options.
 """
 
@@ -23,7 +26,13 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-CHANGES = ("fairseq.checkpoint_utils.torch", "fairseq.distributed.utils.torch")
+from fwp_fairseq.fairseq_mends.trainings import of_trainings
+
+CHANGES = (
+    "fairseq.checkpoint_utils.torch",
+    "fairseq.distributed.utils.torch",
+    "fairseq.checkpoint_utils.load_checkpoint",
+)
 
 # Arrays of numbers occur in the meters (the n-gram counts of --eval-bleu). Arrays of objects never do.
 _NUMBER_TYPES = [np.dtype(code) for code in ("bool", "i4", "i8", "f4", "f8")]
@@ -78,10 +87,9 @@ def load_checkpoint_file(file: Any, map_location: Any = "cpu", extra_globals: tu
             reason = f"it is no PyTorch checkpoint, or it is incomplete or damaged ({type(error).__name__})"
         raise pickle.UnpicklingError(f"{name} was not loaded: {reason}.") from None
     if isinstance(state, dict):
-        for option in _options_with_calls(state.get("cfg"), state.get("args")):
+        for option in options_with_code(state.get("cfg"), state.get("args")):
             raise pickle.UnpicklingError(
-                f"{name} was not loaded: its option {option} is Python code that makes a call, and fairseq evaluates "
-                "some options."
+                f"{name} was not loaded: fairseq would evaluate its option {option}, which is more than a value."
             )
     return state
 
@@ -102,31 +110,66 @@ def _check_archive(file: Any) -> None:
     file.seek(start)
 
 
-def _options_with_calls(*configs: Any) -> Iterator[str]:
-    """Names of the options that are Python expressions with a call in them.
+# The options that fairseq passes to eval, or to its eval_str_list, eval_str_dict or eval_bool, when it builds a model,
+# a task, a criterion or an optimizer: generation takes them from the checkpoint.
+_EVALUATED = {
+    *("adam_betas", "adafactor_eps", "adamax_betas", "lamb_betas", "wer_args", "model_overrides"),
+    *("adaptive_input_cutoff", "adaptive_softmax_cutoff", "character_filters"),
+    *("encoder_layers", "decoder_layers", "override_encoder_layers", "decoder_zero_init"),
+    *("encoder_attention", "decoder_attention", "self_attention", "gated_attention"),
+    *("project_input", "downsample", "pretrained", "left_pad_source", "left_pad_target"),
+    *("xformers_att_config", "encoder_xformers_att_config", "decoder_xformers_att_config"),
+    *("pipeline_balance", "pipeline_encoder_balance", "pipeline_decoder_balance"),
+    *("pipeline_devices", "pipeline_encoder_devices", "pipeline_decoder_devices"),
+    *("conv_feature_layers", "conv_aggregator_layers", "conv_enc_config", "conv_dec_config", "feature_encoder_spec"),
+    *("vggblock_enc_config", "transformer_enc_config", "transformer_dec_config"),
+    *("transformer_context", "transformer_sampling"),
+}
 
-    fairseq passes options such as adaptive_softmax_cutoff to ``eval`` when it builds a model, and generation takes them
-    from the checkpoint. A comprehension is as good as a call, since it can assign to attributes.
-    """
-    calls = (ast.Call, ast.comprehension)
+# What an expression of numbers, texts, lists and arithmetic is made of. No call is, nor a comprehension, which is as
+# good as one, since it can assign to attributes.
+_VALUES = (
+    *(ast.Expression, ast.Constant, ast.Name, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.UnaryOp, ast.BinOp),
+    *(ast.expr_context, ast.operator, ast.unaryop),
+)
+
+# OmegaConf's resolvers, such as ${oc.create:...}, make options of a text: what these are called is not seen.
+_RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
+
+
+def options_with_code(*configs: Any) -> Iterator[str]:
+    """Names of the options in nested dictionaries, lists and namespaces with which fairseq would run code."""
     pending = [("", config) for config in configs]
     while pending:
-        key, value = pending.pop()
+        name, value = pending.pop()
         if isinstance(value, argparse.Namespace):
             value = vars(value)
         if isinstance(value, dict):
-            pending += value.items()
+            pending += [(name if name in _EVALUATED else str(key), item) for key, item in value.items()]
         elif isinstance(value, (list, tuple, set)):
-            pending += [(key, item) for item in value]
-        else:
-            try:
-                # eval takes whatever has bytes in it.
-                source = value if isinstance(value, str) else bytes(memoryview(value))
-                tree = ast.parse(source.strip(), mode="eval")
-            except (TypeError, SyntaxError, ValueError, RecursionError, MemoryError):
-                continue
-            if any(isinstance(node, calls) for node in ast.walk(tree)):
-                yield str(key)
+            pending += [(name, item) for item in value]
+        elif _runs_code(name, value):
+            yield name
+
+
+def _runs_code(name: str, option: Any) -> bool:
+    if name not in _EVALUATED:
+        return isinstance(option, str) and _RESOLVER.search(option) is not None
+    if not isinstance(option, str):
+        try:
+            memoryview(option)
+        except TypeError:
+            return False
+        # eval takes whatever has bytes in it, in any encoding.
+        return True
+    # Another option may stand for the first, and the second for a quote, so that a text ends where none is seen to.
+    if "${" in option or "\\" in option:
+        return True
+    try:
+        tree = ast.parse(option.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return True
+    return not all(isinstance(node, _VALUES) for node in ast.walk(tree))
 
 
 class _TorchWithSafeLoad(types.ModuleType):
@@ -165,7 +208,7 @@ def install() -> None:
     """Make every load of a checkpoint in fairseq a safe one."""
     from fairseq import checkpoint_utils
     from fairseq.distributed import utils as distributed_utils
-    from omegaconf import DictConfig, ListConfig
+    from omegaconf import DictConfig, ListConfig, OmegaConf
     from omegaconf.base import ContainerMetadata, Metadata
     from omegaconf.nodes import AnyNode
 
@@ -177,3 +220,14 @@ def install() -> None:
         *(DictConfig, ListConfig, ContainerMetadata, Metadata, AnyNode),
         *(Any, dict, list, int, defaultdict),
     )
+
+    def load_checkpoint(load: Any, cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
+        # As the trainer puts it into a checkpoint.
+        for option in options_with_code(OmegaConf.to_container(trainer.cfg, resolve=True, enum_to_str=True)):
+            raise ValueError(
+                f"--{option.replace('_', '-')}: fairseq evaluates this option as Python, and no checkpoint could be "
+                "loaded in which it is more than a value: numbers, texts, lists and arithmetic."
+            )
+        return load(cfg, trainer, **passthrough_args)
+
+    of_trainings("load_checkpoint", load_checkpoint)

@@ -1,4 +1,4 @@
-"""Writing of checkpoints that leaves whole files only, whenever it is interrupted, and none with broken parameters.
+"""Writing of checkpoints that leaves whole files only, whenever it is interrupted.
 
 fairseq writes a new checkpoint beside the old one and renames it, but then copies it byte by byte over
 checkpoint_last.pt or checkpoint_best.pt: killed at that, it leaves half a file, with which no training can go on. After
@@ -12,18 +12,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Optional
+from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
 
 CHANGES = ("fairseq.checkpoint_utils.torch_persistent_save", "fairseq.checkpoint_utils.PathManager")
-
-# What fairseq calls the checkpoint of a training that has failed. It is for looking at, and nothing goes on from it.
-_CRASH = "crash.pt"
-
-# A buffer of fairseq's adaptive input and softmax, which nothing but its type is used of: its memory is never written.
-_UNINITIALISED = "_float_tensor"
 
 
 def replace_atomically(path: str, write: Callable[[BinaryIO], Any]) -> None:
@@ -59,25 +52,8 @@ def _sync_folder(folder: str) -> None:
             os.close(descriptor)
 
 
-def broken_parameter(state: dict[str, Any]) -> Optional[str]:
-    """Name of a parameter in the state of a training that is infinite or not a number; None if all are sound."""
-    model = state.get("model") or {}
-    for name, value in model.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point() or str(name).endswith(_UNINITIALISED):
-            continue
-        if not value.isfinite().all():
-            return str(name)
-    return None
-
-
 def save_whole(state: dict[str, Any], path: str) -> None:
-    """Save the state of a training. Raises FloatingPointError if a parameter is broken, OSError as above."""
-    broken = broken_parameter(state)
-    if broken is not None and os.path.basename(path) != _CRASH:
-        raise FloatingPointError(
-            f"{path} was not written: {broken} is infinite or not a number. The training has diverged: go on from an "
-            "earlier checkpoint, with a lower --lr or with --clip-norm."
-        )
+    """Save the state of a training. Raises OSError as above."""
     replace_atomically(path, lambda file: torch.save(state, file))
 
 

@@ -19,9 +19,11 @@ from typing import Any, Optional
 import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models import BaseFairseqModel, register_model
+from omegaconf import II
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fwp_fairseq.models.options import plain_options
 from fwp_fairseq.modules.fast_weight_config import check_backend
 from fwp_fairseq.modules.key_features import FEATURE_MAPS, KeyFeatures, check_feature_options
 from fwp_fairseq.modules.places import ATTENTION_KINDS
@@ -30,6 +32,7 @@ from fwp_fairseq.ops import (
     UPDATE_RULES,
     Gates,
     fast_weight_memory,
+    fast_weight_read,
     fast_weight_scan,
     normalized_memory,
     normalized_read,
@@ -69,6 +72,7 @@ class AssociativeMemoryConfig(FairseqDataclass):
     fast_weight_backend: ChoiceEnum(["auto", *BACKENDS]) = field(  # type: ignore[valid-type]
         default="auto", metadata={"help": "implementation of the fast-weight recurrence"}
     )
+    cpu: bool = II("common.cpu")
 
 
 @register_model("associative_memory", dataclass=AssociativeMemoryConfig)
@@ -77,7 +81,7 @@ class AssociativeMemory(BaseFairseqModel):
 
     value_identity: Tensor
 
-    def __init__(self, cfg: AssociativeMemoryConfig, num_keys: int) -> None:
+    def __init__(self, cfg: Any, num_keys: int) -> None:
         super().__init__()
         softmax = str(cfg.attention) == "softmax"
         self.rule = None if softmax else UPDATE_RULES[str(cfg.update_rule)]
@@ -107,7 +111,7 @@ class AssociativeMemory(BaseFairseqModel):
 
     @classmethod
     def build_model(cls, cfg: AssociativeMemoryConfig, task: Any) -> "AssociativeMemory":
-        return cls(cfg, task.num_keys)
+        return cls(plain_options(cls, cfg, task), task.num_keys)
 
     def train(self, mode: bool = True) -> "AssociativeMemory":
         super().train(mode)
@@ -143,7 +147,7 @@ class AssociativeMemory(BaseFairseqModel):
             backend=self.backend,
             max_norm=self.rule.max_norm,
         )
-        out = q @ memory.squeeze(1)
+        out = fast_weight_read(q, memory.squeeze(1))
         return out if self.rule.max_norm is None else F.layer_norm(out, out.shape[-1:])
 
     def _read_weights(self, q: Tensor, k: Tensor, beta: Tensor) -> Tensor:
@@ -187,7 +191,7 @@ class AssociativeMemory(BaseFairseqModel):
         return out.scatter_add(2, values.unsqueeze(1).expand_as(weights), weights)
 
 
-def _check(cfg: AssociativeMemoryConfig, embedding_size: int) -> None:
+def _check(cfg: Any, embedding_size: int) -> None:
     """Raise ValueError naming flag, value and what is allowed, if no such model can be built."""
     for flag, size in ("--key-size", cfg.key_size), ("--embedding-size", embedding_size):
         if size < 1:
@@ -205,4 +209,4 @@ def _check(cfg: AssociativeMemoryConfig, embedding_size: int) -> None:
             f"--feature-map tanh has negative features: with --update-rule {rule}, which divides by sums, "
             "allowed are elu, favor and dpfp"
         )
-    check_backend(str(cfg.fast_weight_backend), UPDATE_RULES[rule])
+    check_backend(str(cfg.fast_weight_backend), UPDATE_RULES[rule], cfg.cpu is True)

@@ -3,6 +3,9 @@
 Everything but the attention modules is fairseq's: this file only says which options there are, and hooks the layers in.
 """
 
+import logging
+from argparse import Namespace
+from contextlib import AbstractContextManager
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from typing import Any, Optional, cast
 
@@ -17,15 +20,27 @@ from fairseq.models.transformer import (
 from fairseq.models.transformer import transformer_legacy as fairseq_architectures
 from torch import Tensor, nn
 
-from fwp_fairseq.modules import FastWeightAttention, FastWeightConfig, FastWeightDecoderLayer, FastWeightEncoderLayer
-from fwp_fairseq.modules.carried_state import CarriesState
-from fwp_fairseq.modules.fast_weight_attention import IncrementalState
-from fwp_fairseq.modules.fast_weight_layers import wrap_layer
+from fwp_fairseq.models.options import complete_pruning, name_dropout, plain_options
+from fwp_fairseq.modules.carried_state import CarriesState, InThread
+from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention, IncrementalState
+from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
+from fwp_fairseq.modules.fast_weight_layers import FastWeightDecoderLayer, FastWeightEncoderLayer, wrap_layer
 from fwp_fairseq.modules.few_rows_linear import use_few_rows_linear
-from fwp_fairseq.modules.places import ATTENTION_KINDS, PLACE_FIELDS, PLACES, AttentionKind
+from fwp_fairseq.modules.places import (
+    CROSS_ATTENTION,
+    DECODER_SELF_ATTENTION,
+    ENCODER_SELF_ATTENTION,
+    PLACE_FIELDS,
+    PLACES,
+    AttentionKind,
+    places_with_fast_weights,
+)
 
-# Name in the incremental state of what the decoder has read ahead.
+logger = logging.getLogger(__name__)
+
+# Names in the incremental state: what the decoder has read ahead, and the modules that have a state.
 _AHEAD = "read_ahead"
+_MODULES = "modules"
 
 # Sizes that follow another one unless they are given, as in fairseq's architectures.
 _FOLLOWS = {
@@ -52,6 +67,9 @@ def _flat_fields(config: type, prefix: str = "") -> list[tuple[str, Any, Any]]:
             flat += _flat_fields(cast(type, option.type), f"{name}_")
         elif name in _FOLLOWS:
             flat.append((name, Optional[int], size_that_follows(_FOLLOWS[name])))
+        elif name.endswith("_layers_to_keep"):
+            # A list in fairseq's configuration, but a string in all that reads it.
+            flat.append((name, Optional[str], field(default=None, metadata=option.metadata)))
         else:
             flat.append((name, option.type, field(default=option.default, metadata=option.metadata)))
     return flat
@@ -81,10 +99,14 @@ def resolve_sizes(args: Any, follows: dict[str, str]) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
 
 
-class NamesWhatDoesNotFit:
-    """Mixed into a model: a checkpoint of other sizes is refused in one sentence, where torch lists all of them."""
+class LoadsCheckpoints:
+    """Mixed into a model: takes the layers that it is to keep of a checkpoint, in one part of the model or in both.
 
-    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+    A checkpoint of other sizes is refused in one sentence, where torch lists all of them.
+    """
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None) -> Any:
+        complete_pruning(self, state_dict, model_cfg)
         for name, own in self.state_dict().items():  # type: ignore[attr-defined]
             given = state_dict.get(name)
             if given is not None and given.shape != own.shape:
@@ -92,20 +114,32 @@ class NamesWhatDoesNotFit:
                     f"{name} has the shape {tuple(given.shape)} in the checkpoint and {tuple(own.shape)} in this "
                     "model: give it the flags and the dictionaries of its training."
                 )
-        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+        return super().load_state_dict(state_dict, strict, model_cfg, args)  # type: ignore[misc]
+
+
+class PicklesWhenPrepared:
+    """Mixed into a model: fairseq's guard against training once prepared is a local function, which no pickle takes."""
+
+    def make_generation_fast_(self, **kwargs: Any) -> None:
+        super().make_generation_fast_(**kwargs)  # type: ignore[misc]
+        self.train = _refuse_to_train
+
+
+def _refuse_to_train(mode: bool = True) -> None:
+    if mode:
+        raise RuntimeError("cannot train after make_generation_fast")
 
 
 def attach_fast_weights(cfg: TransformerConfig, args: Any, places: tuple[str, ...] = PLACES) -> None:
     """Put on ``cfg`` what the layers read: the fast-weight options in ``args`` and the places that have them."""
     cfg.fast_weights = FastWeightConfig.from_args(args)
-    cfg.fast_weight_places = set()
-    for place in places:
-        kind = str(getattr(args, place, PLACE_FIELDS[place].default))
-        if kind not in ATTENTION_KINDS:
-            flag = place.replace("_", "-")
-            raise ValueError(f"--{flag} is {kind}, allowed are {', '.join(ATTENTION_KINDS)}")
-        if kind == "fast-weight":
-            cfg.fast_weight_places.add(place)
+    cfg.fast_weight_places = places_with_fast_weights(args, places)
+    if CROSS_ATTENTION in cfg.fast_weight_places and cfg.no_cross_attention:
+        cfg.fast_weight_places.remove(CROSS_ATTENTION)
+        logger.warning("--cross-attention fast-weight has no effect in this model: --no-cross-attention leaves it out")
+    of_architecture = Namespace()
+    ARCH_CONFIG_REGISTRY.get(getattr(args, "_name", None) or getattr(args, "arch", None), vars)(of_architecture)
+    cfg.fast_weights.warn_without_effect(cfg.fast_weight_places, vars(of_architecture))
 
 
 class FWPTransformerEncoder(TransformerEncoderBase):
@@ -116,14 +150,18 @@ class FWPTransformerEncoder(TransformerEncoderBase):
 
 
 class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
-    """fairseq's Transformer decoder with FastWeightDecoderLayer.
+    """fairseq's Transformer decoder with FastWeightDecoderLayer."""
 
-    ``prefix``, (sentences, P), are words that every output is known to begin with, or None. Incremental decoding then
-    reads them in parallel in its first step, and answers the following ones with what it has.
-    """
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._here = InThread(prefix=None)
 
-    prefix: Optional[Tensor] = None
-    _modules_with_state: Optional[list[Any]] = None
+    def begin_with(self, prefix: Tensor) -> AbstractContextManager[None]:
+        """Within this context, and this thread, every output is known to begin with ``prefix``, (sentences, P).
+
+        Incremental decoding reads it in parallel in its first step, and answers the following ones with what it has.
+        """
+        return self._here.set(prefix=prefix)
 
     def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
         return wrap_layer(FastWeightDecoderLayer(cfg, no_encoder_attn), cfg)
@@ -135,22 +173,29 @@ class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
         incremental_state: Optional[IncrementalState] = None,
         **kwargs: Any,
     ) -> Any:
-        position = prev_output_tokens.size(1) - 1
-        if incremental_state is None or self.prefix is None or position >= self.prefix.size(1):
-            return super().forward(prev_output_tokens, encoder_out, incremental_state, **kwargs)
-        if position == 0:
-            rows = prev_output_tokens.size(0) // self.prefix.size(0)
-            prefix = self.prefix[:, :-1].repeat_interleave(rows, dim=0)
-            self._read_ahead(torch.cat([prev_output_tokens, prefix], dim=1), encoder_out, incremental_state)
+        position, prefix = prev_output_tokens.size(1) - 1, self._here.prefix
+        if incremental_state is not None and prefix is not None and position == 0:
+            # Now it is in the state of this search: not for another one that this one may call.
+            self._here.prefix = None
+            rows = prev_output_tokens.size(0) // prefix.size(0)
+            words = prefix[:, :-1].repeat_interleave(rows, dim=0)
+            self._read_ahead(torch.cat([prev_output_tokens, words], dim=1), encoder_out, incremental_state)
         ahead = self.get_incremental_state(incremental_state, _AHEAD)
+        if ahead is None:
+            return super().forward(prev_output_tokens, encoder_out, incremental_state, **kwargs)
         here = slice(position, position + 1)
-        attn = None if ahead["attn"] is None else ahead["attn"][:, here]
-        return self.output_layer(ahead["features"][:, here]), {"attn": [attn], "inner_states": None}
+        features, attn = ahead["features"], ahead["attn"]
+        if here.stop == features.size(1):
+            self.set_incremental_state(incremental_state, _AHEAD, None)
+        extra = {"attn": [None if attn is None else attn[:, here]], "inner_states": None}
+        return self.output_layer(features[:, here]), extra
 
     def _read_ahead(self, tokens: Tensor, encoder_out: Any, incremental_state: IncrementalState) -> None:
         with self.carry() as state:
             features, extra = self.extract_features(tokens, encoder_out)
-        self.put_state(state, incremental_state, tokens.size(0))
+        for attention, kept in zip(self.self_attentions(), state):
+            buffer = {name: x.contiguous() for name, x in kept.items()}
+            attention._set_input_buffer(incremental_state, buffer)
         self.set_incremental_state(incremental_state, _AHEAD, {"features": features, "attn": extra["attn"][0]})
 
     def can_read_ahead(self) -> bool:
@@ -159,14 +204,6 @@ class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
             isinstance(attention, FastWeightAttention) for attention in self.self_attentions()
         )
 
-    def cannot_carry_state(self) -> Optional[str]:
-        if not self.can_read_ahead():
-            return (
-                "--decoder-self-attention is softmax, which would have to keep the keys and values of all tokens: "
-                "allowed is fast-weight (or the architecture transformer_xl_lm, whose memory has a fixed length)"
-            )
-        return super().cannot_carry_state()
-
     def buffered_future_mask(self, tensor: Tensor) -> Optional[Tensor]:
         """None where no layer looks at it: its size is quadratic in the length."""
         return None if self.can_read_ahead() else super().buffered_future_mask(tensor)
@@ -174,13 +211,14 @@ class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
     def make_generation_fast_(self, **kwargs: Any) -> None:
         """fairseq calls this of every module of a model that is going to generate."""
         use_few_rows_linear(self)
-        self._modules_with_state = [x for x in self.modules() if hasattr(x, "reorder_incremental_state")]
 
-    def reorder_incremental_state_scripting(self, incremental_state: IncrementalState, new_order: Tensor) -> None:
+    def reorder_incremental_state_scripting(self, incremental_state: Any, new_order: Tensor) -> None:
         """As fairseq's, which for every token looks through all modules for those that have a state."""
-        if self._modules_with_state is None:
-            return super().reorder_incremental_state_scripting(incremental_state, new_order)
-        for module in self._modules_with_state:
+        modules = self.get_incremental_state(incremental_state, _MODULES)
+        if modules is None:
+            modules = [x for x in self.modules() if hasattr(x, "reorder_incremental_state")]
+            self.set_incremental_state(incremental_state, _MODULES, modules)
+        for module in modules:
             module.reorder_incremental_state(incremental_state, new_order)
 
     def reorder_incremental_state(self, incremental_state: IncrementalState, new_order: Tensor) -> None:
@@ -192,7 +230,7 @@ class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
 
 
 @register_model("fwp_transformer", dataclass=FWPTransformerConfig)
-class FWPTransformerModel(NamesWhatDoesNotFit, TransformerModelBase):
+class FWPTransformerModel(LoadsCheckpoints, PicklesWhenPrepared, TransformerModelBase):
     """Encoder-decoder Transformer with fast weights; with softmax in every place it is fairseq's own."""
 
     @classmethod
@@ -202,24 +240,42 @@ class FWPTransformerModel(NamesWhatDoesNotFit, TransformerModelBase):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "FWPTransformerModel":
+        args = plain_options(cls, args, task)
         resolve_sizes(args, _FOLLOWS)
         cfg = TransformerConfig.from_namespace(args)
         attach_fast_weights(cfg, args)
-        return super().build_model(cfg, task)
+        _check_alignments(cfg, getattr(task, "cfg", None), "load_alignments")
+        model = super().build_model(cfg, task)
+        model.args = args  # as fairseq's `transformer` has it, and programs that use it read
+        name_dropout(model)
+        return model
 
-    def set_beam_size(self, beam_size: int) -> None:
-        """fairseq's generator calls this of every model that has it, if there are beams."""
-        for module in self.decoder.modules():
-            if isinstance(module, FastWeightAttention):
-                module.set_beam_size(beam_size)
+    def prepare_for_inference_(self, cfg: Any) -> None:
+        _check_alignments(self.cfg, cfg.generation, "print_alignment", "replace_unk")
+        super().prepare_for_inference_(cfg)
 
     @classmethod
-    def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Module) -> FWPTransformerEncoder:
+    def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Module) -> nn.Module:
+        if ENCODER_SELF_ATTENTION not in cfg.fast_weight_places:
+            return super().build_encoder(cfg, src_dict, embed_tokens)
         return FWPTransformerEncoder(cfg, src_dict, embed_tokens)
 
     @classmethod
-    def build_decoder(cls, cfg: Any, tgt_dict: Any, embed_tokens: nn.Module) -> FWPTransformerDecoder:
+    def build_decoder(cls, cfg: Any, tgt_dict: Any, embed_tokens: nn.Module) -> nn.Module:
+        if not {DECODER_SELF_ATTENTION, CROSS_ATTENTION} & cfg.fast_weight_places:
+            return super().build_decoder(cfg, tgt_dict, embed_tokens)
         return FWPTransformerDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
+
+
+def _check_alignments(cfg: Any, options: Any, *names: str) -> None:
+    """Raise ValueError if one of these options needs attention weights, and cross-attention has none."""
+    for name in names:
+        value = getattr(options, name, None)
+        if value and CROSS_ATTENTION in cfg.fast_weight_places:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {value}, which needs attention weights, and --cross-attention "
+                "fast-weight has none: allowed is --cross-attention softmax"
+            )
 
 
 # Sizes and dropout of fairseq's architectures of the same names. The first is registered with the model already, but

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from fairseq.models import register_model, register_model_architecture
-from fairseq.models.transformer import DEFAULT_MAX_TARGET_POSITIONS, TransformerConfig
+from fairseq.models.transformer import DEFAULT_MAX_TARGET_POSITIONS, TransformerConfig, TransformerDecoderBase
 from fairseq.models.transformer_lm import (
     TransformerLanguageModel,
     TransformerLanguageModelConfig,
@@ -15,12 +15,15 @@ from torch import nn
 
 from fwp_fairseq.models.fwp_transformer import (
     FWPTransformerDecoder,
-    NamesWhatDoesNotFit,
+    LoadsCheckpoints,
+    PicklesWhenPrepared,
     attach_fast_weights,
     resolve_sizes,
     size_that_follows,
 )
-from fwp_fairseq.modules import FastWeightConfig
+from fwp_fairseq.models.options import name_dropout, plain_options
+from fwp_fairseq.modules.carried_state import CarriesState
+from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 from fwp_fairseq.modules.places import DECODER_SELF_ATTENTION, PLACE_FIELDS, AttentionKind
 
 _FOLLOWS = {"decoder_input_dim": "decoder_embed_dim", "decoder_output_dim": "decoder_embed_dim"}
@@ -37,7 +40,7 @@ class LanguageModelConfig(TransformerLanguageModelConfig):
     decoder_output_dim: Optional[int] = size_that_follows("decoder_embed_dim")
 
 
-class LanguageModel(NamesWhatDoesNotFit, TransformerLanguageModel):
+class LanguageModel(LoadsCheckpoints, PicklesWhenPrepared, TransformerLanguageModel):
     """fairseq's transformer_lm with a decoder of another kind, which subclasses build."""
 
     @classmethod
@@ -47,16 +50,28 @@ class LanguageModel(NamesWhatDoesNotFit, TransformerLanguageModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "LanguageModel":
+        args = plain_options(cls, args, task)
         resolve_sizes(args, _FOLLOWS)
         if args.decoder_layers_to_keep:
             args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
-        if getattr(args, "max_target_positions", None) is None:
-            args.max_target_positions = getattr(args, "tokens_per_sample", DEFAULT_MAX_TARGET_POSITIONS)
+        if args.max_target_positions is None:
+            args.max_target_positions = args.tokens_per_sample or DEFAULT_MAX_TARGET_POSITIONS
         _check_tied_weights(args)
         embed_tokens = cls._build_input(args, task.source_dictionary)
         cfg = TransformerConfig.from_namespace(args)
         cfg.adaptive_softmax_cutoff = _cutoffs(args, "adaptive_softmax_cutoff", task.target_dictionary)
-        return cls(cls.build_decoder(cfg, args, task.target_dictionary, embed_tokens))
+        model = cls(cls.build_decoder(cfg, args, task.target_dictionary, embed_tokens))
+        name_dropout(model)
+        return model
+
+    def cannot_carry_state(self) -> Optional[str]:
+        """Why segments of one text cannot be read one by one as the whole would be, or None: they can."""
+        if isinstance(self.decoder, CarriesState):
+            return self.decoder.cannot_carry_state()
+        return (
+            "--decoder-self-attention is softmax, which would have to keep the keys and values of all tokens: "
+            "allowed is fast-weight (or the architecture transformer_xl_lm, whose memory has a fixed length)"
+        )
 
     @classmethod
     def _build_input(cls, args: Any, dictionary: Any) -> nn.Module:
@@ -98,7 +113,8 @@ class FWPTransformerLanguageModel(LanguageModel):
     @classmethod
     def build_decoder(cls, cfg: Any, args: Any, dictionary: Any, embed_tokens: nn.Module) -> nn.Module:
         attach_fast_weights(cfg, args, (DECODER_SELF_ATTENTION,))
-        return FWPTransformerDecoder(cfg, dictionary, embed_tokens, no_encoder_attn=True)
+        decoder = FWPTransformerDecoder if cfg.fast_weight_places else TransformerDecoderBase
+        return decoder(cfg, dictionary, embed_tokens, no_encoder_attn=True)
 
 
 def _check_tied_weights(args: Any) -> None:

@@ -4,10 +4,13 @@ Each layer's self-attention owns what it carries: a dict of tensors whose first 
 cut between segments.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Optional
 
+import torch
 from fairseq.incremental_decoding_utils import with_incremental_state
 from torch import Tensor, nn
 
@@ -18,12 +21,36 @@ DecoderState = list[LayerState]
 MEMORY = "prev_key"
 
 
+class InThread(threading.local):
+    """Attributes that every thread has of its own, with these values at first; so has a copy, or one from a pickle.
+
+    For what a caller says to a module through fairseq's code, which would not pass it on: threads share the module.
+    """
+
+    def __init__(self, **initial: Any) -> None:
+        self._initial = initial
+        vars(self).update(initial)
+
+    def __reduce__(self) -> Any:
+        return partial(InThread, **self._initial), ()
+
+    @contextmanager
+    def set(self, **values: Any) -> Iterator[None]:
+        """Within this context, and this thread, the attributes have these values."""
+        before = {name: getattr(self, name) for name in values}
+        vars(self).update(values)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+
 @with_incremental_state
 class AttentionWithState(nn.Module):
     """Base of attention that keeps tensors, whose first dimension is the batch, of the tokens that it has read.
 
-    In incremental decoding they are in fairseq's ``incremental_state``. A parallel pass goes on from, and leaves, what
-    ``carry`` says.
+    In incremental decoding they are in fairseq's ``incremental_state``. What a parallel pass goes on from and leaves,
+    and what decoding begins with, ``carry`` says.
     """
 
     # What fairseq's decorator adds.
@@ -32,32 +59,53 @@ class AttentionWithState(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # While ``carry`` is in effect: what a parallel pass goes on from, and where it leaves what it has in the end.
-        self._before: LayerState = {}
-        self._after: Optional[LayerState] = None
+        # While ``carry`` is in effect: what a pass goes on from, and where it leaves what it has in the end.
+        self._here = InThread(carried=None)
+        self._anywhere: Optional[tuple[LayerState, LayerState]] = None
 
     @contextmanager
     def carry(self, before: LayerState) -> Iterator[LayerState]:
-        """Within this context a parallel pass goes on from ``before``: what an earlier context yielded, or empty.
+        """Within this context a pass goes on from ``before``: what an earlier context yielded, or empty.
 
-        The yielded dict then has what the next pass can go on from, without gradient. ``before`` stays as it is, so
-        that --checkpoint-activations can repeat the pass.
+        After a parallel pass the yielded dict has what the next one can go on from, without gradient. Incremental
+        decoding begins with ``before``, of one row or one for each sentence. It stays as it is, so that
+        --checkpoint-activations can repeat the pass. Other threads are not concerned.
         """
-        self._before, self._after = before, dict(before)
+        after = dict(before)
+        self._anywhere = before, after
         try:
-            yield self._after
+            with self._here.set(carried=(before, after)):
+                yield after
         finally:
-            self._before, self._after = {}, None
+            self._anywhere = None
 
-    def _kept(self, incremental_state: Any) -> Mapping[str, Optional[Tensor]]:
-        """What was kept of the tokens before: in decoding, or by the parallel pass before."""
-        return self._before if incremental_state is None else self._get_input_buffer(incremental_state)
+    def _carried(self) -> Optional[tuple[LayerState, LayerState]]:
+        if self._here.carried is None and self._anywhere is not None and torch._C._current_graph_task_id() != -1:
+            # A pass that --checkpoint-activations repeats: on a GPU the backward pass has a thread of its own.
+            return self._anywhere
+        return self._here.carried
+
+    def _kept(self, incremental_state: Any, rows: int) -> Mapping[str, Optional[Tensor]]:
+        """What was kept of the tokens before, by decoding or by the parallel pass before, for the rows of this one."""
+        if incremental_state is not None:
+            buffer = self.get_incremental_state(incremental_state, "attn_state")
+            if buffer is not None:
+                return buffer
+        carried = self._carried()
+        if carried is None:
+            return {}
+        before, _ = carried
+        if incremental_state is None:
+            return before
+        # Copies, since decoding writes into them.
+        return {name: x.repeat_interleave(rows // x.size(0), dim=0) for name, x in before.items()}
 
     def _keep(self, incremental_state: Any, state: Mapping[str, Optional[Tensor]]) -> None:
         """Keep this for the tokens to come."""
         self._set_input_buffer(incremental_state, state)
-        if incremental_state is None and self._after is not None:
-            self._after.update({name: x.detach() for name, x in state.items() if x is not None})
+        carried = self._carried() if incremental_state is None else None
+        if carried is not None:
+            carried[1].update({name: x.detach() for name, x in state.items() if x is not None})
 
     def _get_input_buffer(self, incremental_state: Any) -> dict[str, Optional[Tensor]]:
         return self.get_incremental_state(incremental_state, "attn_state") or {}
@@ -67,21 +115,17 @@ class AttentionWithState(nn.Module):
 
 
 class CarriesState:
-    """Mixin for fairseq's decoders whose layers have AttentionWithState as ``self_attn``.
-
-    ``starting_state``, of one row or one for each sentence, or None: what incremental decoding begins with.
-    """
+    """Mixin for fairseq's decoders whose layers have AttentionWithState as ``self_attn``."""
 
     layers: Any
     embed_positions: Any
-    starting_state: Optional[DecoderState] = None
 
     @contextmanager
     def carry(self, before: Optional[DecoderState] = None) -> Iterator[DecoderState]:
         """Within this context a parallel pass goes on from ``before``; the yielded list then has what it leaves.
 
-        ``before`` is the yield of an earlier context, or None at the start of a text. It is not changed. A layer that
-        is dropped (--decoder-layerdrop) leaves what it had.
+        ``before`` is the yield of an earlier context, or None at the start of a text; incremental decoding begins with
+        it, too. It is not changed. A layer that is dropped (--decoder-layerdrop) leaves what it had.
         """
         states: DecoderState = [{} for _ in self.self_attentions()] if before is None else before
         with ExitStack() as stack:
@@ -93,25 +137,11 @@ class CarriesState:
         """Of all layers: iterating over ``layers`` leaves some out under --decoder-layerdrop, and draws which."""
         return [self.layers[i].self_attn for i in range(len(self.layers))]
 
-    def put_state(self, state: DecoderState, incremental_state: Any, rows: int) -> None:
-        """Let incremental decoding of ``rows`` hypotheses go on from ``state``, which is copied."""
-        for attention, layer_state in zip(self.self_attentions(), state):
-            buffer = {name: x.repeat_interleave(rows // x.size(0), dim=0) for name, x in layer_state.items()}
-            attention._set_input_buffer(incremental_state, buffer)
-
-    def forward(
-        self, prev_output_tokens: Tensor, encoder_out: Any = None, incremental_state: Any = None, **kwargs: Any
-    ) -> Any:
-        """fairseq's; the first step of decoding, whose state is empty, begins with ``starting_state``."""
-        if self.starting_state is not None and incremental_state is not None and not incremental_state:
-            self.put_state(self.starting_state, incremental_state, prev_output_tokens.size(0))
-        return super().forward(prev_output_tokens, encoder_out, incremental_state, **kwargs)  # type: ignore[misc]
-
     def cannot_carry_state(self) -> Optional[str]:
         """Why segments of one text cannot be read one by one as the whole would be, or None: they can."""
         if self.embed_positions is not None:
             return (
-                "positions would be counted from the start of each segment: "
-                "give --no-token-positional-embeddings, as the paper's models without truncation have it"
+                "without --no-token-positional-embeddings, which the paper's models without truncation have, positions "
+                "would be counted from the start of each segment"
             )
         return None

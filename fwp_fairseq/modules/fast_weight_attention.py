@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from fwp_fairseq.modules.carried_state import MEMORY, AttentionWithState
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
-from fwp_fairseq.modules.few_rows_linear import JointLinear, join_linears
+from fwp_fairseq.modules.few_rows_linear import call_linears
 from fwp_fairseq.modules.key_features import KeyFeatures
 from fwp_fairseq.ops import (
     Gates,
     fast_weight_memory,
+    fast_weight_read,
     fast_weight_scan,
     fast_weight_step,
     native,
@@ -25,7 +26,9 @@ from fwp_fairseq.ops import (
     normalized_scan,
     normalized_step,
 )
+from fwp_fairseq.ops.fast_weights import choose_backend
 from fwp_fairseq.ops.numerics import state_dtype
+from fwp_fairseq.ops.torch_modes import is_transformed
 
 IncrementalState = dict[str, dict[str, Optional[Tensor]]]
 
@@ -33,6 +36,8 @@ _NORMALIZER = "normalizer"
 # With the compiled step: where rows of the batch have their memories, and the beam order that is yet to be applied.
 _PLACES = "places"
 _ORDER = "order"
+# Of cross-attention: which memory each row reads. Neighbours share one, and each memory has as many.
+_SOURCES = "sources"
 
 
 class FastWeightAttention(AttentionWithState):
@@ -82,8 +87,6 @@ class FastWeightAttention(AttentionWithState):
         self.rule = config.rule
         self.backend = str(config.fast_weight_backend)
         self.attention_normalization = config.attention_normalization
-        self.beam_size = 1
-        self._joint_projection: Optional[JointLinear] = None
 
         def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
             return quant_noise(nn.Linear(inputs, outputs, bias=bias), q_noise, qn_block_size)
@@ -105,7 +108,8 @@ class FastWeightAttention(AttentionWithState):
         # FWM reads through a layer norm (sec. 6.1.2): the bound on its memory bounds what can be read.
         normalize_read = config.read_layer_norm or self.rule.max_norm is not None
         self.read_layer_norm = LayerNorm(self.head_dim) if normalize_read else None
-        self.dropout_module = FairseqDropout(dropout, module_name=self.__class__.__name__)
+        # Under fairseq's name, which --retain-dropout-modules goes by.
+        self.dropout_module = FairseqDropout(dropout, module_name="MultiheadAttention")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -128,7 +132,20 @@ class FastWeightAttention(AttentionWithState):
     def extra_repr(self) -> str:
         reading = "causal" if self.causal else "whole memory"
         normalization = ", attention normalisation" if self.attention_normalization else ""
-        return f"{self.rule.name} rule, {reading}, {self.num_heads} heads of {self.head_dim}{normalization}"
+        heads = f"{self.num_heads} heads of {self.head_dim}{normalization}"
+        backend = f"backend {self.backend}"
+        if self.backend == "auto":
+            weight = next(self.parameters(), torch.empty(0))
+            keys = self.features.size, state_dtype(weight.dtype)
+            backend += f" ({choose_backend('auto', self.rule.max_norm, weight.device.type, *keys)})"
+        return f"{self.rule.name} rule, {reading}, {heads}, {backend}"
+
+    def __prepare_scriptable__(self) -> Any:
+        """torch.jit.script asks every module for what it shall compile in its stead."""
+        raise NotImplementedError(
+            "torch.jit.script cannot compile fast weights: use torch.compile, or train with softmax in all places "
+            "(--encoder-self-attention, --decoder-self-attention, --cross-attention)"
+        )
 
     def forward(
         self,
@@ -176,7 +193,7 @@ class FastWeightAttention(AttentionWithState):
         q, k, v = self._split_heads(self.q_proj(query), self.k_proj(key), self.v_proj(value))
         q, k = self.features(q, k)
         gates = self._gates(key, padding)
-        memory, normalizer = _in_rows(self._kept(incremental_state))
+        memory, normalizer = _in_rows(self._kept(incremental_state, query.size(1)))
 
         before = k.size(2) - q.size(2)
         if before > 0:
@@ -209,6 +226,7 @@ class FastWeightAttention(AttentionWithState):
             and not self.training
             and not torch.is_grad_enabled()
             and native.unavailable is None
+            and not is_transformed()
             and native.supports(query.device.type, self.features.size, state_dtype(query.dtype))
         )
 
@@ -216,45 +234,36 @@ class FastWeightAttention(AttentionWithState):
         self, query: Tensor, key: Tensor, value: Tensor, padding: Optional[Tensor], incremental_state: IncrementalState
     ) -> Tensor:
         rows, heads = query.size(1), (query.size(1), self.num_heads, self.head_dim)
-        buffer = self._get_input_buffer(incremental_state)
+        buffer = self._kept(incremental_state, rows)
         memory, normalizer = buffer.get(MEMORY), buffer.get(_NORMALIZER)
         if memory is None:
             memory = query.new_zeros(*heads[:2], self.features.size, self.head_dim, dtype=state_dtype(query.dtype))
             normalizer = memory.new_zeros(*memory.shape[:3], 1) if self.attention_normalization else None
-        q, k, v, write, decay = self._project(query, key, value)
+        q, k, v, *logits = self._project(query, key, value)
+        write_logit, decay_logit = (None if logit is None else logit[0] for logit in logits)
+        gates = self._gates_of(write_logit, decay_logit, None if padding is None else padding.bool())
+        gates = Gates(*(None if gate is None else gate.expand(rows, self.num_heads) for gate in gates))
         read, places = native.step(
             q.view(heads),
             k.view(heads),
             v.view(heads),
-            write,
-            decay,
-            None if padding is None else padding.bool().view(rows),
+            *gates,
             memory,
             normalizer,
             buffer.get(_ORDER),
             buffer.get(_PLACES),
             self.features.address_features(),
-            erases=self.rule.erases,
-            complement=self.rule.forgets == "complement",
         )
         self._set_input_buffer(incremental_state, {MEMORY: memory, _NORMALIZER: normalizer, _PLACES: places})
         return read[:, :, None]
 
-    def _projections(self) -> list[Optional[nn.Module]]:
-        return [self.q_proj, self.k_proj, self.v_proj, self.write_proj, self.decay_proj]
-
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Any]:
-        """(1, B, .) -> (B, .) of q, k, v and, where the rule has them, of the write strength and the kept share."""
-        layers, joint = self._projections(), self._joint_projection
-        if joint is None or not (query is key is value) or not joint.is_current():
-            return [None if f is None else f(x)[0] for f, x in zip(layers, (query, key, value, key, key))]
-        outputs = iter(joint(query[0]))
+        """Of (1, B, .): q, k, v and, where the rule has them, the write strength and the kept share."""
+        layers = [self.q_proj, self.k_proj, self.v_proj, self.write_proj, self.decay_proj]
+        if not (query is key is value):
+            return [None if f is None else f(x) for f, x in zip(layers, (query, key, value, key, key))]
+        outputs = iter(call_linears([layer for layer in layers if layer is not None], query))
         return [None if layer is None else next(outputs) for layer in layers]
-
-    def make_generation_fast_(self, **kwargs: Any) -> None:
-        """fairseq calls this of every module of a model that is going to generate."""
-        if self.causal:
-            self._joint_projection = join_linears(self._projections())
 
     def _read_whole(
         self,
@@ -271,17 +280,15 @@ class FastWeightAttention(AttentionWithState):
         (q,) = self._split_heads(self.q_proj(query))
         if memory is None:
             assert key is not None and value is not None
-            if incremental_state is not None and self.beam_size > 1 and key.size(1) == query.size(1):
-                # The beams of a sentence have the same source. Others than was said have different ones: fairseq does
-                # not say so when a generator has no beams.
-                if not _same_in_groups(key, 1, self.beam_size):
-                    self.beam_size = 1
-                key, value = key[:, :: self.beam_size], value[:, :: self.beam_size]
-                padding = None if padding is None else padding[:: self.beam_size]
+            if incremental_state is not None:
+                # The beams of a sentence have the same source.
+                beams = _beams(key.transpose(0, 1), value.transpose(0, 1), padding)
+                key, value = key[:, ::beams], value[:, ::beams]
+                padding = None if padding is None else padding[::beams]
             k, v = self._split_heads(self.k_proj(key), self.v_proj(value))
             q, k = self.features(q, k)
             memory, normalizer = self._write(k, v, self._gates(key, padding))
-            self._set_input_buffer(incremental_state, {MEMORY: memory, _NORMALIZER: normalizer})
+            self._set_input_buffer(incremental_state, _shared(memory, normalizer, rows=query.size(1)))
         elif self._decodes_natively(query):
             return native.read(q[:, :, 0], memory, normalizer, self.features.address_features())[:, :, None]
         else:
@@ -291,7 +298,7 @@ class FastWeightAttention(AttentionWithState):
         beams, sentences = q.size(0), memory.size(0)
         if beams != sentences:
             q = q.unflatten(0, (sentences, -1)).transpose(1, 2).flatten(2, 3)
-        read = q.to(memory.dtype) @ memory if normalizer is None else normalized_read(q, memory, normalizer)
+        read = fast_weight_read(q, memory) if normalizer is None else normalized_read(q, memory, normalizer)
         if beams != sentences:
             read = read.unflatten(2, (beams // sentences, -1)).transpose(1, 2).flatten(0, 1)
         return read.to(query.dtype)
@@ -317,54 +324,68 @@ class FastWeightAttention(AttentionWithState):
 
     def _gates(self, key: Tensor, padding: Optional[Tensor]) -> Gates:
         """Scalars of the update rule for (S, B, kdim) keys: (B, H, S), in the state's type."""
-        beta, alpha = (
-            None if projection is None else projection(key).permute(1, 2, 0).to(state_dtype(key.dtype)).sigmoid()
+        write_logit, decay_logit = (
+            None if projection is None else projection(key).permute(1, 2, 0)
             for projection in (self.write_proj, self.decay_proj)
         )
         padding = None if padding is None else padding.bool()[:, None, :].expand(-1, self.num_heads, -1)
+        return self._gates_of(write_logit, decay_logit, padding)
+
+    def _gates_of(
+        self, write_logit: Optional[Tensor], decay_logit: Optional[Tensor], padding: Optional[Tensor]
+    ) -> Gates:
+        """Scalars of the update rule from what is projected, and where padding leaves the memory as it is."""
+        beta, alpha = (
+            None if logit is None else logit.to(state_dtype(logit.dtype)).sigmoid()
+            for logit in (write_logit, decay_logit)
+        )
         return self.rule.gates(beta, alpha, padding)
 
     def _split_heads(self, *projected: Tensor) -> tuple[Tensor, ...]:
         """(T, B, embed_dim) -> (B, H, T, head_dim)."""
         return tuple(x.unflatten(-1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3) for x in projected)
 
-    def set_beam_size(self, beam_size: int) -> None:
-        """fairseq's generator says how many hypotheses of a sentence are rows of the batch."""
-        self.beam_size = beam_size
-
     def reorder_incremental_state(
         self, incremental_state: Optional[IncrementalState], new_order: Tensor
     ) -> Optional[IncrementalState]:
         """Let row i go on from what row ``new_order[i]`` has written so far."""
         buffer = self._get_input_buffer(incremental_state)
-        memory, order = buffer.get(MEMORY), buffer.get(_ORDER)
+        memory, order, sources = buffer.get(MEMORY), buffer.get(_ORDER), buffer.get(_SOURCES)
         if memory is None:
             return incremental_state
-        if self.encoder_decoder_attention and self.beam_size > 1:
-            # One memory per sentence: beams change places within it, and whole sentences leave the batch.
-            if memory.size(0) * self.beam_size == new_order.size(0):
+        if sources is not None:
+            # Beams change places within their sentence, which is no change here, and whole sentences leave the batch.
+            new_sources = sources.index_select(0, new_order)
+            if new_sources.equal(sources):
                 return incremental_state
-            new_order = new_order // self.beam_size
-            if _same_in_groups(new_order, 0, self.beam_size):
-                new_order = new_order[:: self.beam_size]
-            else:
-                self.beam_size = 1
+            where = new_sources[:: _beams(new_sources[:, None])]
+            normalizer = buffer.get(_NORMALIZER)
+            normalizer = None if normalizer is None else normalizer.index_select(0, where)
+            shared = _shared(memory.index_select(0, where), normalizer, rows=new_order.size(0))
+            return self._set_input_buffer(incremental_state, shared)
         if order is not None:
             new_order = order.index_select(0, new_order)
         reordered = {**buffer, _ORDER: new_order}
         # The next step finds the memories where they are; there are not places for more rows than before.
-        if not self.causal or new_order.size(0) > memory.size(0):
+        if new_order.size(0) > memory.size(0):
             memory, normalizer = _in_rows(reordered)
             reordered = {MEMORY: memory, _NORMALIZER: normalizer}
         return self._set_input_buffer(incremental_state, reordered)
 
 
-def _same_in_groups(x: Tensor, dim: int, size: int) -> bool:
-    """Whether ``x`` consists, along ``dim``, of groups of ``size`` equal entries."""
-    if x.size(dim) % size:
-        return False
-    groups = x.unflatten(dim, (-1, size))
-    return bool((groups == groups.narrow(dim + 1, 0, 1)).all())
+def _beams(*tensors: Optional[Tensor]) -> int:
+    """The size of the largest groups of neighbours that are equal in all tensors and make up all of their rows."""
+    given = [x for x in tensors if x is not None]
+    equal = torch.stack([(x[1:] == x[:-1]).flatten(1).all(dim=1) for x in given]).all(dim=0)
+    borders = 1 + equal.logical_not().nonzero().flatten()
+    return math.gcd(given[0].size(0), *borders.tolist()) or 1
+
+
+def _shared(memory: Tensor, normalizer: Optional[Tensor], rows: int) -> dict[str, Optional[Tensor]]:
+    """What cross-attention keeps: memories of which each is read by as many of the ``rows`` of the batch."""
+    memories = torch.arange(memory.size(0), device=memory.device)
+    sources = memories.repeat_interleave(rows // max(1, memory.size(0)))
+    return {MEMORY: memory, _NORMALIZER: normalizer, _SOURCES: sources}
 
 
 def _cut(gates: Gates, where: "slice | int") -> Gates:

@@ -1,12 +1,16 @@
 """The options of fast-weight attention, and which of their combinations make sense."""
 
 import logging
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Optional
 
+import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from omegaconf import II
 
 from fwp_fairseq.modules.key_features import FEATURE_MAPS, KEY_NORMALIZATIONS, check_feature_options
+from fwp_fairseq.modules.places import CROSS_ATTENTION, DECODER_SELF_ATTENTION, ENCODER_SELF_ATTENTION
 from fwp_fairseq.ops import BACKENDS, UPDATE_RULES, UpdateRule
 from fwp_fairseq.ops.fast_weights import choose_backend
 
@@ -56,6 +60,8 @@ class FastWeightConfig(FairseqDataclass):
     fast_weight_backend: ChoiceEnum(["auto", *BACKENDS]) = field(  # type: ignore[valid-type]
         default="auto", metadata={"help": "implementation of the fast-weight recurrence in training"}
     )
+    # fairseq's own flag, which says that no GPU will be used.
+    cpu: bool = II("common.cpu")
 
     @classmethod
     def from_args(cls, args: Any) -> "FastWeightConfig":
@@ -70,6 +76,8 @@ class FastWeightConfig(FairseqDataclass):
 
     @property
     def rule(self) -> UpdateRule:
+        """Raises ValueError for one that there is not."""
+        _check_choice("--update-rule", self.update_rule, UPDATE_RULES)
         return UPDATE_RULES[str(self.update_rule)]
 
     def for_whole_memory(self) -> "FastWeightConfig":
@@ -85,13 +93,52 @@ class FastWeightConfig(FairseqDataclass):
             attention_normalization=self.attention_normalization or self.whole_memory_attention_normalization,
         )
 
+    def without_effect(self, places: Collection[str]) -> dict[str, str]:
+        """Options that change nothing in a model with fast weights in these places, and why."""
+        options = [option.name for option in fields(self) if option.name not in ("_name", "cpu")]
+        if not places:
+            return dict.fromkeys(options, "no place has fast weights")
+        whole = self.for_whole_memory() if {ENCODER_SELF_ATTENTION, CROSS_ATTENTION} & set(places) else None
+        causal = self if DECODER_SELF_ATTENTION in places else None
+        in_use = [config for config in (causal, whole) if config is not None]
+        reasons: dict[str, str] = {}
+        if whole is None:
+            own = [name for name in options if name.startswith("whole_memory_")]
+            reasons = dict.fromkeys(own, "neither the encoder nor cross-attention has fast weights")
+        else:
+            for name in ("update_rule", "feature_map"):
+                flag, replacement = name.replace("_", "-"), getattr(self, f"whole_memory_{name}")
+                if replacement == getattr(self, name):
+                    reasons[f"whole_memory_{name}"] = f"--{flag} says so already"
+                elif replacement and causal is None:
+                    reasons[name] = f"--whole-memory-{flag} stands for it in all places with fast weights"
+            if self.attention_normalization:
+                reasons["whole_memory_attention_normalization"] = "--attention-normalization says so already"
+        maps = {str(config.feature_map) for config in in_use}
+        for name, feature_map in (("dpfp_nu", "dpfp"), ("favor_features", "favor")):
+            if feature_map not in maps:
+                reasons[name] = f"it is for the feature map {feature_map}, not for {' and '.join(sorted(maps))}"
+        if not any(config.rule.strength for config in in_use):
+            reasons["write_strength_bias"] = f"the rule {in_use[0].rule.name} has no write strength"
+        if all(config.rule.max_norm is not None for config in in_use):
+            reasons["read_layer_norm"] = f"the rule {in_use[0].rule.name} has it always"
+        return reasons
+
+    def warn_without_effect(self, places: Collection[str], defaults: Mapping[str, Any]) -> None:
+        """Log a warning for each option that was set in vain. ``defaults``: those of the architecture."""
+        standard = {option.name: option.default for option in fields(self)}
+        for name, reason in self.without_effect(places).items():
+            value = getattr(self, name)
+            if value != defaults.get(name, standard[name]):
+                flag = "--" + name.replace("_", "-") + ("" if value is True else f" {value}")
+                logger.warning("%s has no effect in this model: %s", flag, reason)
+
     def check(self, embed_dim: int, num_heads: int, place: str) -> None:
         """Raise ValueError naming flag, value and what is allowed, if no attention of this size can be built.
 
         ``place`` names where the attention stands ("encoder" or "decoder"), as in fairseq's flags. Logs a warning for
         combinations that are allowed but known to diverge or to hurt.
         """
-        _check_choice("--update-rule", self.update_rule, UPDATE_RULES)
         _check_choice("--key-normalization", self.key_normalization, KEY_NORMALIZATIONS)
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(
@@ -117,12 +164,12 @@ class FastWeightConfig(FairseqDataclass):
                 f"--attention-normalization does not go with --update-rule {self.rule.name}: allowed are "
                 + ", ".join(name for name, rule in UPDATE_RULES.items() if rule.max_norm is None)
             )
-        check_backend(str(self.fast_weight_backend), self.rule)
         if self.fast_weight_backend == "fla" and (not self.rule.erases or self.attention_normalization):
             raise ValueError(
                 "--fast-weight-backend is fla, which has --update-rule delta and gated-delta only, without "
                 "--attention-normalization"
             )
+        check_backend(str(self.fast_weight_backend), self.rule, self.cpu is True)
         self._warn()
 
     def _warn(self) -> None:
@@ -142,12 +189,17 @@ class FastWeightConfig(FairseqDataclass):
             )
 
 
-def check_backend(backend: str, rule: UpdateRule) -> None:
-    """Raise ValueError if the backend is unknown, or cannot do what the rule needs."""
+def check_backend(backend: str, rule: UpdateRule, cpu: bool = False) -> None:
+    """Raise ValueError if the backend is unknown, or cannot do what the rule needs, or has no GPU (``cpu``: --cpu)."""
     try:
         choose_backend(backend, rule.max_norm)
     except ValueError as error:
         raise ValueError(f"--fast-weight-backend, with --update-rule {rule.name}: {error}") from None
+    if backend == "fla" and (cpu or not torch.cuda.is_available()):
+        why = "--cpu says to use none" if cpu else "torch finds none"
+        raise ValueError(
+            f"--fast-weight-backend is fla, which needs a GPU, and {why}: allowed are auto, native, chunk and loop"
+        )
 
 
 def _check_choice(flag: str, value: object, allowed: Any) -> None:

@@ -3,14 +3,18 @@
 Then all the time goes into reading the weights. torch multiplies one row with one thread, and for a few rows the BLAS
 spends most of the time on arranging the large transposed W of x Wᵀ. The compiled operator reads W once, with all
 threads; without it (W xᵀ)ᵀ has a small matrix to arrange. recipes/benchmark/step.py measures them.
+
+Nothing is kept of a layer: every call looks at what it is and at the weights that it has.
 """
 
 from collections.abc import Sequence
-from typing import Optional
+from functools import partial
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from fwp_fairseq.ops import native
 
@@ -20,73 +24,80 @@ _MOST_ROWS = 64
 
 def few_rows_linear(input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """F.linear, quicker without gradients for few rows in float32 on a processor."""
-    rows = input.numel() // input.size(-1)
-    fits = 0 < rows <= _MOST_ROWS and input.dtype == weight.dtype == torch.float32 and input.device.type == "cpu"
-    if not fits or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if not (_has_few_rows(input) and _is_dense(weight) and (bias is None or _is_dense(bias))):
         return F.linear(input, weight, bias)
-    x = input.reshape(rows, -1)
     if native.unavailable is None:
-        out = native.few_rows_linear(x, weight, bias)
-    else:
-        out = torch.mm(weight, x.t()).t().contiguous()
-        if bias is not None:
-            out += bias
+        return native.few_rows_linear(input, weight, bias)
+    out = torch.mm(weight, input.reshape(-1, input.size(-1)).t()).t().contiguous()
+    if bias is not None:
+        out += bias
     return out.view(*input.shape[:-1], -1)
 
 
-class FewRowsLinear(nn.Linear):
-    """nn.Linear by ``few_rows_linear``."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return few_rows_linear(input, self.weight, self.bias)
+def call_linears(layers: Sequence[nn.Module], input: Tensor) -> Sequence[Tensor]:
+    """The output of each layer for ``input``, (..., in_features): those of plain linear layers by one operator."""
+    if native.unavailable is None and _has_few_rows(input):
+        parameters = _plain_parameters(layers)
+        if parameters is not None:
+            return native.few_rows_linears(input, *parameters)
+    return [layer(input) for layer in layers]
 
 
 def use_few_rows_linear(module: nn.Module) -> None:
-    """Make all plain linear layers of ``module`` such layers. Parameters and their names stay."""
-    for layer in module.modules():
-        if type(layer) is nn.Linear:
-            layer.__class__ = FewRowsLinear
+    """Let all plain linear layers of ``module`` compute by ``few_rows_linear``. They stay nn.Linear, by name and type.
 
-
-class JointLinear:
-    """Linear layers with the same input as one product.
-
-    Weights and biases of the layers become parts of common tensors, so that nothing is there twice. Layers that are
-    moved or converted afterwards have tensors of their own again, which ``is_current`` notices.
+    fairseq's code calls most of them, so each gets a ``forward`` of its own, which leaves alone what comes to be around
+    the call (hooks, another ``forward``) or in place of the class (parametrisations, conversions).
     """
-
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        self._sizes = [layer.out_features for layer in layers]
-        self._parameters = [parameter for layer in layers for parameter in layer.parameters()]
-        with torch.no_grad():
-            self._weight = torch.cat([layer.weight for layer in layers])
-            zeros = self._weight.new_zeros
-            self._bias = torch.cat([zeros(len(x.weight)) if x.bias is None else x.bias for x in layers])
-        for layer, weight, bias in zip(layers, self._weight.split(self._sizes), self._bias.split(self._sizes)):
-            layer.weight.data = weight
-            if layer.bias is not None:
-                layer.bias.data = bias
-        self._addresses = self._find()
-
-    def _find(self) -> list[int]:
-        return [parameter.data_ptr() for parameter in self._parameters]
-
-    def is_current(self) -> bool:
-        """Whether the layers still have the weights that are multiplied here."""
-        return self._find() == self._addresses
-
-    def __call__(self, input: Tensor) -> tuple[Tensor, ...]:
-        """The output of each layer for ``input``, (..., in_features)."""
-        return few_rows_linear(input, self._weight, self._bias).split(self._sizes, dim=-1)
+    for layer in module.modules():
+        if type(layer) is nn.Linear and "forward" not in vars(layer):
+            layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
 
 
-def join_linears(layers: Sequence[Optional[nn.Module]]) -> Optional[JointLinear]:
-    """The layers that are there as one product; None if there is one that is not a plain linear layer."""
-    plain: list[nn.Linear] = []
+def _forward(layer: nn.Linear, input: Tensor) -> Tensor:
+    if type(layer) is not nn.Linear:
+        return type(layer).forward(layer, input)
+    return few_rows_linear(input, layer.weight, layer.bias)
+
+
+def _plain_parameters(layers: Sequence[Any]) -> Optional[tuple[list[Tensor], list[Optional[Tensor]]]]:
+    """Weights and biases of the layers, if to call them is to multiply by a dense weight and nothing else.
+
+    It is asked for every layer of a decoder and every token: hence the plain loop over what nn.Module looks up slowly.
+    """
+    weights: list[Tensor] = []
+    biases: list[Optional[Tensor]] = []
     for layer in layers:
-        if layer is None:
-            continue
-        if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, FewRowsLinear):
+        if type(layer) is not nn.Linear:
             return None
-        plain.append(layer)
-    return JointLinear(plain)
+        own = vars(layer)
+        forward, parameters = own.get("forward"), own["_parameters"]
+        if (
+            own["_forward_pre_hooks"]
+            or own["_forward_hooks"]
+            or not (forward is None or getattr(forward, "func", None) is _forward)
+            or "weight" not in parameters
+            or "bias" not in parameters
+        ):
+            return None
+        weight, bias = parameters["weight"], parameters["bias"]
+        if not (_is_dense(weight) and (bias is None or _is_dense(bias))):
+            return None
+        weights.append(weight)
+        biases.append(bias)
+    return None if _has_any_global_hook() else (weights, biases)
+
+
+def _has_few_rows(input: Tensor) -> bool:
+    return (
+        0 < input.numel() <= _MOST_ROWS * input.size(-1)
+        and input.dtype == torch.float32
+        and input.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _is_dense(weight: Any) -> bool:
+    """Whether the operators can read it; a tensor of another class may be quantised, or in several places."""
+    return type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.layout is torch.strided

@@ -1,5 +1,6 @@
 """The places of a Transformer that can have fast weights, and the options that say which have them."""
 
+from collections.abc import Collection
 from dataclasses import field
 from typing import Any
 
@@ -19,3 +20,18 @@ PLACE_FIELDS: dict[str, Any] = {
     DECODER_SELF_ATTENTION: field(default="fast-weight", metadata={"help": "causal self-attention of the decoder"}),
     CROSS_ATTENTION: field(default="softmax", metadata={"help": "attention of the decoder to the encoder"}),
 }
+
+
+def places_with_fast_weights(options: Any, places: Collection[str] = PLACES) -> set[str]:
+    """Those of the ``places`` of a model that have fast weights by its options, a namespace.
+
+    Raises ValueError for an attention that there is not.
+    """
+    chosen = set()
+    for place in places:
+        kind = str(getattr(options, place, PLACE_FIELDS[place].default))
+        if kind not in ATTENTION_KINDS:
+            raise ValueError(f"--{place.replace('_', '-')} is {kind}, allowed are {', '.join(ATTENTION_KINDS)}")
+        if kind == "fast-weight":
+            chosen.add(place)
+    return chosen

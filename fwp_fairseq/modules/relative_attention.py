@@ -52,7 +52,8 @@ class RelativeAttention(AttentionWithState):
         )
         self.content_bias = nn.Parameter(torch.empty(num_heads, 1, self.head_dim))  # u
         self.position_bias = nn.Parameter(torch.empty(num_heads, 1, self.head_dim))  # v
-        self.dropout_module = FairseqDropout(dropout, module_name=self.__class__.__name__)
+        # Under fairseq's name, which --retain-dropout-modules goes by.
+        self.dropout_module = FairseqDropout(dropout, module_name="MultiheadAttention")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -80,7 +81,7 @@ class RelativeAttention(AttentionWithState):
         need_head_weights: bool = False,
     ) -> tuple[Tensor, None]:
         """query: (T, B, embed_dim), which is key and value, too. Returns ((T, B, embed_dim), None)."""
-        memory = self._kept(incremental_state).get(MEMORY)
+        memory = self._kept(incremental_state, query.size(1)).get(MEMORY)
         context = query if memory is None else torch.cat([memory.to(query).transpose(0, 1), query])
         self._keep(incremental_state, {MEMORY: self._last(context)})
 

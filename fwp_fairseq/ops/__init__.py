@@ -1,7 +1,13 @@
 """The mathematics of fast weights: torch only, importable and testable without fairseq."""
 
 from fwp_fairseq.ops.attention_normalization import normalized_memory, normalized_read, normalized_scan, normalized_step
-from fwp_fairseq.ops.fast_weights import BACKENDS, fast_weight_memory, fast_weight_scan, fast_weight_step
+from fwp_fairseq.ops.fast_weights import (
+    BACKENDS,
+    fast_weight_memory,
+    fast_weight_read,
+    fast_weight_scan,
+    fast_weight_step,
+)
 from fwp_fairseq.ops.feature_maps import (
     dpfp,
     draw_favor_projection,
@@ -22,6 +28,7 @@ __all__ = [
     "draw_favor_projection",
     "elu_plus_one",
     "fast_weight_memory",
+    "fast_weight_read",
     "fast_weight_scan",
     "fast_weight_step",
     "favor_plus",

@@ -13,14 +13,17 @@ Where nothing was written under a key, z · k is 0 and the read-out is 0.
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fwp_fairseq.ops import token_loop
 from fwp_fairseq.ops.fast_weights import fast_weight_memory, fast_weight_scan, fast_weight_step
 from fwp_fairseq.ops.numerics import smallest_divisor, state_dtype
+from fwp_fairseq.ops.torch_modes import without_autocast
 from fwp_fairseq.ops.update_rules import Gates
 
 
+@without_autocast
 def normalized_scan(
     q: Tensor,
     k: Tensor,
@@ -38,7 +41,7 @@ def normalized_scan(
     """
     if gates.erase is None:
         out, state = fast_weight_scan(
-            q, k, _with_ones(v), *gates, initial_state=_join(initial_state, initial_normalizer), backend=backend
+            q, k, _with_ones(v), *gates, initial_state=_join(v, initial_state, initial_normalizer), backend=backend
         )
         weighted, total = out[..., :-1], out[..., -1:]
         return _ratio(weighted, total).to(v.dtype), *_apart(state)
@@ -52,6 +55,7 @@ def normalized_scan(
     return _ratio(out, total).to(v.dtype), state, normalizer
 
 
+@without_autocast
 def normalized_memory(
     k: Tensor,
     v: Tensor,
@@ -64,7 +68,7 @@ def normalized_memory(
     """The final state (B, H, Dk, Dv) and normalizer (B, H, Dk, 1) of ``normalized_scan``."""
     if gates.erase is None:
         state = fast_weight_memory(
-            k, _with_ones(v), *gates, initial_state=_join(initial_state, initial_normalizer), backend=backend
+            k, _with_ones(v), *gates, initial_state=_join(v, initial_state, initial_normalizer), backend=backend
         )
         return _apart(state)
     ones, count = _counting(v, gates)
@@ -73,6 +77,7 @@ def normalized_memory(
     return state, fast_weight_memory(k, ones, *count, initial_state=initial_normalizer, backend=backend)
 
 
+@without_autocast
 def normalized_step(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor, normalizer: Tensor) -> Tensor:
     """One token of ``normalized_scan`` for decoding: updates ``state`` and ``normalizer`` in place.
 
@@ -86,6 +91,7 @@ def normalized_step(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor
     return _ratio(out, fast_weight_step(q, k, ones, *count, normalizer)).to(v.dtype)
 
 
+@without_autocast
 def normalized_read(q: Tensor, state: Tensor, normalizer: Tensor) -> Tensor:
     """W q / (z · q) for (..., L, Dk) queries of a finished memory (..., Dk, Dv) with its normalizer (..., Dk, 1)."""
     q = q.to(state.dtype)
@@ -93,18 +99,14 @@ def normalized_read(q: Tensor, state: Tensor, normalizer: Tensor) -> Tensor:
 
 
 def _earlier_total(k: Tensor, ones: Tensor, count: Gates, initial_normalizer: Optional[Tensor], backend: str) -> Tensor:
-    """decay_t z_{t-1} · k_t for every t: (B, H, L, 1). What a read with k_{t+1} right after write t finds, moved on.
+    """decay_t z_{t-1} · k_t for every t: (B, H, L, 1). What is read if every write comes one token late.
 
     v̄_t carries the token's decay, and so must its divisor.
     """
-    if initial_normalizer is None:
-        initial_normalizer = k.new_zeros(*k.shape[:2], k.size(3), 1, dtype=ones.dtype)
-    first = k[:, :, :1].to(ones.dtype) @ initial_normalizer
-    head = Gates(*(None if gate is None else gate[:, :, :-1] for gate in count))
-    rest, _ = fast_weight_scan(
-        k[:, :, 1:], k[:, :, :-1], ones[:, :, :-1], *head, initial_state=initial_normalizer, backend=backend
-    )
-    return _kept(torch.cat([first, rest], dim=2), count.decay)
+    late_k = F.pad(k, (0, 0, 1, 0))[:, :, :-1]
+    late = Gates(*(None if gate is None else F.pad(gate, (1, 0), value=1)[:, :, :-1] for gate in count))
+    total, _ = fast_weight_scan(k, late_k, ones, *late, initial_state=initial_normalizer, backend=backend)
+    return _kept(total, count.decay)
 
 
 def _kept(total: Tensor, decay: Optional[Tensor]) -> Tensor:
@@ -116,7 +118,7 @@ def _counting(v: Tensor, gates: Gates) -> tuple[Tensor, Gates]:
 
     Rules that erase count every token that writes at all in full (padding does not); the others count what it writes.
     """
-    ones = torch.ones_like(v[..., :1], dtype=state_dtype(v.dtype))
+    ones = v.new_ones(*v.shape[:-1], 1, dtype=state_dtype(v.dtype))
     write = gates.write
     if gates.erase is not None and write is not None:
         write = (write != 0).to(ones.dtype)
@@ -130,12 +132,16 @@ def _wide(v: Tensor) -> Tensor:
 
 def _with_ones(v: Tensor) -> Tensor:
     v = _wide(v)
-    return torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+    return torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1)
 
 
-def _join(state: Optional[Tensor], normalizer: Optional[Tensor]) -> Optional[Tensor]:
-    if state is None or normalizer is None:
-        return None
+def _join(v: Tensor, state: Optional[Tensor], normalizer: Optional[Tensor]) -> Optional[Tensor]:
+    if state is None:
+        if normalizer is None:
+            return None
+        state = normalizer.new_zeros(*normalizer.shape[:-1], v.size(-1))
+    elif normalizer is None:
+        normalizer = state.new_zeros(*state.shape[:-1], 1)
     return torch.cat([state, normalizer], dim=-1)
 
 

@@ -18,11 +18,15 @@ The backward pass keeps the memories at chunk borders only, and recomputes each 
 differentiate it: peak memory is one chunk's matrices plus L / C memories, not a memory per token.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Optional, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from fwp_fairseq.ops.torch_modes import differentiate_once, is_exported_for_any, is_transformed
 
 # Bounds the share of work that grows with C (the C x C products) against the number of sequential steps.
 DEFAULT_CHUNK_SIZE = 64
@@ -89,41 +93,49 @@ class _ChunkwiseScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chunk_size, q, k, v, write, erase, decay, initial_state):  # type: ignore[no-untyped-def]
         sequences = (q, k, v, write, erase, decay)
-        length = k.size(2)
-        out = None if q is None else v.new_empty(v.shape)
-        borders = [initial_state]
-        for start in range(0, length, chunk_size):
-            chunk = _cut(sequences, start, chunk_size)
-            read, memory = _advance(*chunk, borders[-1])
-            if out is not None:
-                out[:, :, start : start + chunk_size] = read
-            borders.append(memory)
+        out, borders = _advance_all(chunk_size, sequences, initial_state)
         ctx.chunk_size = chunk_size
         ctx.save_for_backward(*sequences, *borders[:-1])
         return out, borders[-1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out, grad_memory):  # type: ignore[no-untyped-def]
-        sequences, borders = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        wanted = ctx.needs_input_grad[1:7]
-        grads = [torch.empty_like(x) if x is not None and want else None for x, want in zip(sequences, wanted)]
-        for index in reversed(range(len(borders))):
-            start = index * ctx.chunk_size
-            chunk = cast(_Chunk, [None if x is None else x.detach() for x in _cut(sequences, start, ctx.chunk_size)])
-            memory = borders[index].detach().requires_grad_()
-            inputs = [x.requires_grad_() for x, want in zip(chunk, wanted) if x is not None and want]
-            with torch.enable_grad():
-                read, next_memory = _advance(*chunk, memory)
-            outputs, output_grads = [next_memory], [grad_memory]
-            if read is not None:
-                outputs.append(read)
-                output_grads.append(grad_out[:, :, start : start + ctx.chunk_size])
-            *chunk_grads, grad_memory = torch.autograd.grad(outputs, [*inputs, memory], output_grads)
-            for grad in grads:
-                if grad is not None:
-                    grad[:, :, start : start + ctx.chunk_size] = chunk_grads.pop(0)
-        return (None, *grads, grad_memory)
+        gradients = partial(_differentiate_all, ctx.chunk_size, ctx.needs_input_grad[1:7])
+        return None, *differentiate_once(gradients, grad_out, grad_memory, *ctx.saved_tensors)
+
+
+def _advance_all(chunk_size: int, sequences: _Chunk, memory: Tensor) -> tuple[Optional[Tensor], list[Tensor]]:
+    """Chunk after chunk: read-outs, and the memories at chunk borders, the last one included."""
+    reads, borders = [], [memory]
+    for start in range(0, sequences[1].size(2), chunk_size):
+        read, memory = _advance(*_cut(sequences, start, chunk_size), memory)
+        reads.append(read)
+        borders.append(memory)
+    return (None if reads[0] is None else torch.cat(cast(list[Tensor], reads), dim=2)), borders
+
+
+def _differentiate_all(
+    chunk_size: int, wanted: Sequence[bool], grad_out: Tensor, grad_memory: Tensor, *saved: Tensor
+) -> tuple[Optional[Tensor], ...]:
+    """Gradients of the sequences, as far as they are wanted, and of the initial state."""
+    sequences, borders = cast(_Chunk, saved[:6]), saved[6:]
+    grads = [torch.empty_like(x) if x is not None and want else None for x, want in zip(sequences, wanted)]
+    for index in reversed(range(len(borders))):
+        start = index * chunk_size
+        chunk = cast(_Chunk, [None if x is None else x.detach() for x in _cut(sequences, start, chunk_size)])
+        memory = borders[index].detach().requires_grad_()
+        inputs = [x.requires_grad_() for x, want in zip(chunk, wanted) if x is not None and want]
+        with torch.enable_grad():
+            read, next_memory = _advance(*chunk, memory)
+        outputs, output_grads = [next_memory], [grad_memory]
+        if read is not None:
+            outputs.append(read)
+            output_grads.append(grad_out[:, :, start : start + chunk_size])
+        *chunk_grads, grad_memory = torch.autograd.grad(outputs, [*inputs, memory], output_grads)
+        for grad in grads:
+            if grad is not None:
+                grad[:, :, start : start + chunk_size] = chunk_grads.pop(0)
+    return *grads, grad_memory
 
 
 def _cut(sequences: _Chunk, start: int, size: int) -> _Chunk:
@@ -146,9 +158,13 @@ def scan(
     if q is None and erase is None:
         # Only the sum of writes is wanted: one product over the whole sequence, no C x C matrix to bound.
         return None, _sum_of_writes(k, v, write, decay, initial_state)
-    if k.size(2) <= chunk_size:
-        # One chunk's matrices are what the backward pass would recompute: keep them.
+    if is_exported_for_any(k.size(2)) or k.size(2) <= chunk_size:
+        # One chunk's matrices are what the backward pass would recompute: keep them. An exported program cannot count
+        # chunks, and takes a sequence of any length for one.
         return _advance(q, k, v, write, erase, decay, initial_state)
+    if is_transformed():
+        out, borders = _advance_all(chunk_size, (q, k, v, write, erase, decay), initial_state)
+        return out, borders[-1]
     return _ChunkwiseScan.apply(chunk_size, q, k, v, write, erase, decay, initial_state)
 
 
@@ -157,7 +173,7 @@ def _sum_of_writes(k: Tensor, v: Tensor, write: Optional[Tensor], decay: Optiona
     scale = write
     if decay is not None:
         # Remaining share of each write at the end: products of all later factors.
-        later = torch.cat([decay[..., 1:], torch.ones_like(decay[..., :1])], dim=-1)
+        later = F.pad(decay, (0, 1), value=1)[..., 1:]
         left = later.flip(-1).cumprod(dim=-1).flip(-1)
         scale = left if scale is None else scale * left
         memory = memory * decay.prod(dim=-1)[..., None, None]

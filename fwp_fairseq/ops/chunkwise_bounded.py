@@ -27,14 +27,15 @@ Backward, with H_t the gradient of W_t, G_t that of W'_t and g_t = G_tᵀ k_t th
 The forward pass keeps all u and s, and the memories at chunk borders.
 """
 
+from functools import partial
 from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fwp_fairseq.ops import token_loop
 from fwp_fairseq.ops.chunkwise import remaining_shares
+from fwp_fairseq.ops.torch_modes import differentiate_once, is_transformed
 
 # Long chunks cost products within them, short ones passes over the memory. (For 32 memories of 128 x 200.)
 DEFAULT_CHUNK_SIZE = 32
@@ -203,21 +204,37 @@ class _BoundedScan(torch.autograd.Function):
         return out, borders[-1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out, grad_memory):  # type: ignore[no-untyped-def]
-        q, k, values, erase, written, scales, *borders = ctx.saved_tensors
-        grads = [None if x is None else torch.empty_like(x) for x in (q, k, values, erase)]
-        parts = _parts(k.size(1), ctx.chunk_size)
-        for part, memory, next_memory in reversed(list(zip(parts, borders, borders[1:]))):
-            chunk = _cut(part, q, k, values, erase)
-            read = None if q is None else grad_out[:, part]
-            *chunk_grads, grad_memory = _differentiate(
-                chunk, written[:, part], scales[:, part], memory, next_memory, read, grad_memory, ctx.max_norm
-            )
-            for grad, of_chunk in zip(grads, chunk_grads):
-                if grad is not None and of_chunk is not None:
-                    grad[:, part] = of_chunk
-        return (None, None, *grads, grad_memory)
+        gradients = partial(_differentiate_all, ctx.chunk_size, ctx.max_norm)
+        return None, None, *differentiate_once(gradients, grad_out, grad_memory, *ctx.saved_tensors)
+
+
+def _differentiate_all(
+    chunk_size: int,
+    max_norm: float,
+    grad_out: Optional[Tensor],
+    grad_memory: Tensor,
+    q: Optional[Tensor],
+    k: Tensor,
+    values: Tensor,
+    erase: Tensor,
+    written: Tensor,
+    scales: Tensor,
+    *borders: Tensor,
+) -> tuple[Optional[Tensor], ...]:
+    """Gradients of q, k, values, erase and the initial state."""
+    grads = [None if x is None else torch.empty_like(x) for x in (q, k, values, erase)]
+    parts = _parts(k.size(1), chunk_size)
+    for part, memory, next_memory in reversed(list(zip(parts, borders, borders[1:]))):
+        chunk = _cut(part, q, k, values, erase)
+        read = None if q is None or grad_out is None else grad_out[:, part]
+        *chunk_grads, grad_memory = _differentiate(
+            chunk, written[:, part], scales[:, part], memory, next_memory, read, grad_memory, max_norm
+        )
+        for grad, of_chunk in zip(grads, chunk_grads):
+            if grad is not None and of_chunk is not None:
+                grad[:, part] = of_chunk
+    return *grads, grad_memory
 
 
 def _cut(part: slice, q: Optional[Tensor], k: Tensor, values: Tensor, erase: Tensor) -> _Chunk:
@@ -242,8 +259,8 @@ def scan(
     """Same contract as ``token_loop.scan`` with a bound, for any length and any chunk size from 1 up."""
     if chunk_size < 1:
         raise ValueError(f"chunk size is {chunk_size}, it must be at least 1")
-    if decay is not None:
-        # No rule has both.
+    if decay is not None or is_transformed():
+        # No rule has both; and the derivatives here are for the one backward pass.
         return token_loop.scan(q, k, v, write, erase, decay, initial_state, max_norm)
     values = v if write is None else v * write[..., None]
     erase = torch.zeros_like(k[..., :1]) if erase is None else erase[..., None]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fwp_fairseq.ops import chunkwise, chunkwise_bounded, fla, native, token_loop
 from fwp_fairseq.ops.numerics import state_dtype
+from fwp_fairseq.ops.torch_modes import is_exported_for_any, is_transformed, without_autocast
 
 _Scan = Callable[..., tuple[Optional[Tensor], Tensor]]
 
@@ -22,6 +23,7 @@ BACKENDS: dict[str, _Scan] = {"loop": token_loop.scan, "chunk": chunkwise.scan, 
 _OWN_TYPES = ("native", "fla")
 
 
+@without_autocast
 def fast_weight_scan(
     q: Tensor,
     k: Tensor,
@@ -52,13 +54,16 @@ def fast_weight_scan(
 
     Returns out (B, H, L, Dv) in v's type and the final state (B, H, Dk, Dv) in float32 (float64 for float64 inputs).
     Raises ValueError on shapes that do not fit, and on options that the backend does not have; RuntimeError where
-    "native" or "fla" is asked for and is not there.
+    "native" or "fla" is asked for and is not there, and for what a backend does not have: second derivatives ("loop"
+    has them), torch.func (all but "native" and "fla"), torch.export of a varying length ("chunk" and "native", without
+    max_norm). The result is the same within autocast as without.
     """
     out, state = _run(q, k, v, write, erase, decay, initial_state, backend, max_norm, chunk_size)
     assert out is not None  # there were queries
     return out.to(v.dtype), state
 
 
+@without_autocast
 def fast_weight_memory(
     k: Tensor,
     v: Tensor,
@@ -73,13 +78,20 @@ def fast_weight_memory(
 ) -> Tensor:
     """The memory after all tokens are written: the final state of ``fast_weight_scan``, with nothing read on the way.
 
-    Arguments and errors are those of ``fast_weight_scan``. Every query reads the result as ``q @ state``.
+    Arguments and errors are those of ``fast_weight_scan``. ``fast_weight_read`` reads it.
     Returns (B, H, Dk, Dv) in float32 (float64 for float64 inputs).
     """
     return _run(None, k, v, write, erase, decay, initial_state, backend, max_norm, chunk_size)[1]
 
 
+@without_autocast
+def fast_weight_read(q: Tensor, state: Tensor) -> Tensor:
+    """What (..., L, Dk) queries read from a finished memory (..., Dk, Dv): ``q @ state`` in the state's type."""
+    return q.to(state.dtype) @ state
+
+
 @torch.no_grad()
+@without_autocast
 def fast_weight_step(
     q: Tensor,
     k: Tensor,
@@ -127,10 +139,17 @@ def _run(
         )
     initial_state = None if initial_state is None else initial_state.to(dtype)
     name = choose_backend(backend, max_norm, k.device.type, k.size(3), dtype)
-    if k.numel() == 0 or v.numel() == 0:
-        state = k.new_zeros(state_shape, dtype=dtype) if initial_state is None else initial_state.clone()
-        return None if q is None else v.new_zeros(v.shape), state
-    if name in _OWN_TYPES:
+    if (name == "loop" or max_norm is not None) and is_exported_for_any(k.size(2)):
+        raise RuntimeError(
+            "torch.export of a varying length needs backend 'chunk' or 'native', and no bound on the memory (FWM): "
+            "give one length"
+        )
+    empty = k.numel() == 0 or v.numel() == 0
+    if name in _OWN_TYPES and not empty:
+        if is_transformed():
+            raise RuntimeError(
+                f"backend is {name!r}, which torch.func cannot transform; 'auto', 'chunk' and 'loop' it can"
+            )
         return BACKENDS[name](q, k, v, write, erase, decay, initial_state)
     options: dict[str, Any] = {}
     if max_norm is not None:
@@ -140,8 +159,26 @@ def _run(
     scan: _Scan = chunkwise_bounded.scan if name == "chunk" and max_norm is not None else BACKENDS[name]
     if initial_state is None:
         initial_state = k.new_zeros(state_shape, dtype=dtype)
+    if empty:
+        scan, options = _scan_nothing, {}
     inputs = (None if x is None else x.to(dtype) for x in (q, k, v, write, erase, decay))
     return scan(*inputs, initial_state, **options)
+
+
+def _scan_nothing(
+    q: Optional[Tensor],
+    k: Tensor,
+    v: Tensor,
+    write: Optional[Tensor],
+    erase: Optional[Tensor],
+    decay: Optional[Tensor],
+    initial_state: Tensor,
+) -> tuple[Optional[Tensor], Tensor]:
+    """The recurrence where B, H, L, Dk or Dv is 0: sums over nothing, by which every input has a gradient, zero."""
+    for gate in (write, erase, decay):
+        v = v if gate is None else v * gate[..., None]
+    state = initial_state + k.transpose(-1, -2) @ v
+    return None if q is None else q @ state, state
 
 
 def choose_backend(
@@ -156,7 +193,7 @@ def choose_backend(
     Raises ValueError for an unknown one, and for ``max_norm`` with one that cannot bound the memory.
     """
     if backend == "auto":
-        if max_norm is not None or not native.supports(device_type, d_k, dtype):
+        if max_norm is not None or is_transformed() or not native.supports(device_type, d_k, dtype):
             return "chunk"
         if native.unavailable is not None:
             native.note_unavailable()

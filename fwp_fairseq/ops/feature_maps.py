@@ -10,14 +10,15 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fwp_fairseq.ops.numerics import smallest_divisor, state_dtype
+from fwp_fairseq.ops.torch_modes import is_transformed, without_autocast
 
 # exp() of a larger exponent would leave float32's range once two features are multiplied and summed.
 _LARGEST_EXPONENT = 40.0
 
 
+@without_autocast
 def elu_plus_one(x: Tensor) -> Tensor:
     """ELU(x) + 1: x + 1 where x > 0, exp(x) elsewhere (eq. 30). Shape: (..., d_key) -> (..., d_key).
 
@@ -27,6 +28,7 @@ def elu_plus_one(x: Tensor) -> Tensor:
     return x.relu() + x.clamp(max=0).exp()
 
 
+@without_autocast
 def dpfp(x: Tensor, nu: int = 1) -> Tensor:
     """Deterministic parameter-free projection (eq. 37). Shape: (..., d_key) -> (..., 2 * d_key * nu).
 
@@ -75,17 +77,23 @@ def draw_favor_projection(
     return (torch.cat(blocks) * lengths).to(dtype or draw_dtype)
 
 
+@without_autocast
 def favor_plus(x: Tensor, projection: Tensor) -> Tensor:
     """Positive random features of the softmax kernel (eq. 31-32). Shape: (..., d_key), (m, d_key) -> (..., 2 * m).
 
     exp(-|x|^2 / 2) / sqrt(2 m) * [exp(R x); exp(-R x)], evaluated with one exponential so that neither factor can
     overflow alone; exponents above 40 (features above 2e17) are cut off, to keep the sums that follow finite.
     """
-    return _FavorPlus.apply(x, projection)
+    if not is_transformed():
+        return _FavorPlus.apply(x, projection)
+    scale = math.log(2 * projection.size(0)) / 2
+    projected = x @ projection.T
+    exponents = torch.cat([projected, -projected], dim=-1) - (x.square().sum(dim=-1, keepdim=True) / 2 + scale)
+    return exponents.clamp(max=_LARGEST_EXPONENT - scale).exp()
 
 
 class _FavorPlus(torch.autograd.Function):
-    """FAVOR+ in few passes over the features, which are many, forward and backward."""
+    """FAVOR+ in few passes over the features, which are many, forward and backward. Its backward pass has one, too."""
 
     @staticmethod
     def forward(ctx, x, projection):  # type: ignore[no-untyped-def]
@@ -104,7 +112,7 @@ class _FavorPlus(torch.autograd.Function):
         return features
 
     @staticmethod
-    @once_differentiable
+    @without_autocast
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, projection, features = ctx.saved_tensors
         grad_exponent = (grad * features).masked_fill_(features > ctx.cut_off, 0)
@@ -114,6 +122,7 @@ class _FavorPlus(torch.autograd.Function):
         return grad_x, grad_projected.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
 
 
+@without_autocast
 def favor_plus_normalized(x: Tensor, projection: Tensor) -> Tensor:
     """``sum_normalize(favor_plus(x, projection))`` as softmax([R x; -R x]). Shape: (..., d_key) -> (..., 2 * m).
 
@@ -123,6 +132,7 @@ def favor_plus_normalized(x: Tensor, projection: Tensor) -> Tensor:
     return torch.cat([projected, -projected], dim=-1).softmax(dim=-1)
 
 
+@without_autocast
 def sum_normalize(x: Tensor) -> Tensor:
     """x / sum(x) over the last dimension, for non-negative x (eq. 29). Shape: (..., D) -> (..., D). 0 maps to 0."""
     # float16 has too small a range for sums of features and for a floor that does not bias them.
@@ -130,6 +140,7 @@ def sum_normalize(x: Tensor) -> Tensor:
     return (y / y.sum(dim=-1, keepdim=True).clamp(min=smallest_divisor(y.dtype))).to(x.dtype)
 
 
+@without_autocast
 def l2_normalize(x: Tensor) -> Tensor:
     """x / |x| over the last dimension. Shape: (..., D) -> (..., D). 0 maps to 0.
 

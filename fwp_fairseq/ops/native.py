@@ -5,6 +5,9 @@ for another one is never loaded. Without a library everything works with the "ch
 """
 
 import logging
+import sys
+from collections.abc import Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -12,27 +15,43 @@ import torch
 from torch import Tensor
 
 from fwp_fairseq.ops.numerics import state_dtype
+from fwp_fairseq.ops.torch_modes import NOT_TWICE, is_exported_for_any
 
 logger = logging.getLogger(__name__)
 
 LIBRARY_PREFIX = "_native_for_torch_"
-REMEDY = (
-    "pip install --no-build-isolation --force-reinstall --no-deps fwp-fairseq (in a clone: -e .), with a C++ compiler"
-)
+REMEDY = "pip install --force-reinstall --no-deps -e . in a clone of fwp-fairseq, with a C++ compiler"
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
+def copies() -> list[Path]:
+    """Folders of the copies of this package that Python can find, the one in use first."""
+    specs = [PathFinder.find_spec("fwp_fairseq", [entry]) for entry in sys.path]
+    # A clone that is installed by -e is on no path, but known to a finder of its own.
+    specs += [finder.find_spec("fwp_fairseq", None) for finder in sys.meta_path if hasattr(finder, "find_spec")]
+    origins = [Path(__file__).parent] + [Path(spec.origin) for spec in specs if spec is not None and spec.origin]
+    return list(dict.fromkeys(origin.resolve().parent for origin in origins))
+
+
+def library_in(copy: Path) -> Optional[Path]:
+    """The library of a copy of this package for this version of torch."""
+    return next(iter(sorted(copy.glob(f"{LIBRARY_PREFIX}{torch.__version__.split('+')[0].replace('.', '_')}.*"))), None)
+
+
 def _load() -> Optional[str]:
     """Load the library for this version of torch; return why that cannot be, or None."""
-    version = torch.__version__.split("+")[0].replace(".", "_")
-    found = {path.name.split(".")[0]: path for path in sorted(Path(__file__).parent.parent.glob(LIBRARY_PREFIX + "*"))}
-    path = found.get(LIBRARY_PREFIX + version)
+    own, *others = copies()
+    path = library_in(own)
     if path is None:
+        built = next(filter(library_in, others), None)
+        if built is not None:
+            return f"{own} is in use, which has none, and not {built}, which has them; to build them anew: {REMEDY}"
+        found = sorted(own.glob(LIBRARY_PREFIX + "*"))
         if not found:
-            return f"they were not built at installation; to build them: {REMEDY}"
-        others = ", ".join(name.removeprefix(LIBRARY_PREFIX).replace("_", ".") for name in found)
-        return f"they were built for torch {others}, this is torch {torch.__version__}; to build them anew: {REMEDY}"
+            return f"they were not built at installation of {own}; to build them: {REMEDY}"
+        versions = ", ".join(p.name.split(".")[0].removeprefix(LIBRARY_PREFIX).replace("_", ".") for p in found)
+        return f"they were built for torch {versions}, this is torch {torch.__version__}; to build them anew: {REMEDY}"
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -89,9 +108,9 @@ def scan(
     q, k, v = None if q is None else q.to(dtype), k.to(dtype), v.to(dtype)
     gates = (None if x is None else x.to(state_dtype(dtype)) for x in (write, erase, decay))
     differentiable = any(x is not None and x.requires_grad for x in (q, k, v, write, erase, decay, initial_state))
-    out, state, _ = torch.ops.fwp_fairseq.scan(
-        q, k, v, *gates, initial_state, torch.is_grad_enabled() and differentiable
-    )
+    # How many memories are kept for a backward pass depends on the length: none by a program for any length.
+    keep = torch.is_grad_enabled() and differentiable and not is_exported_for_any(k.size(2))
+    out, state, _ = torch.ops.fwp_fairseq.scan(q, k, v, *gates, initial_state, keep)
     return (None if q is None else out), state
 
 
@@ -108,23 +127,20 @@ def step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    strength: Optional[Tensor],
-    kept: Optional[Tensor],
-    padding: Optional[Tensor],
+    write: Optional[Tensor],
+    erase: Optional[Tensor],
+    decay: Optional[Tensor],
     state: Tensor,
     normalizer: Optional[Tensor],
     order: Optional[Tensor],
     places: Optional[Tensor],
     features: AddressFeatures,
-    *,
-    erases: bool,
-    complement: bool,
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """One token of decoding for n hypotheses in one pass over their memories: features, gates, write, read, beam order.
+    """One token of decoding for n hypotheses in one pass over their memories: features, write, read, beam order.
 
-    q, k: (n, H, d_key) and v: (n, H, Dv), as projected; strength, kept: (n, H) or None, the write strength β and the
-    kept share α before their sigmoid; padding: (n), True where the memory stays as it is, or None. ``erases`` and
-    ``complement``: erase = β, decay = 1 − β.
+    q, k: (n, H, d_key) and v: (n, H, Dv), as projected; write, erase, decay: (n, H), or None for 1, 0 and 1, the
+    scalars of the recurrence as ``token_loop.write_token`` has them. With attention normalisation a token counts by
+    what it writes, or, where ``erase`` is given, in full if it writes at all.
 
     ``state`` (S, H, Dk, Dv) and ``normalizer`` (S, H, Dk, 1) are updated in place. ``places`` (m) says where the m rows
     of the last step have their memories (None: row i in place i), and ``order`` (n), n <= S, from which of them each
@@ -134,8 +150,7 @@ def step(
     Returns what is read, (n, H, Dv) in v's type, and the new places (None: row i in place i). Inference only.
     """
     out, moved = torch.ops.fwp_fairseq.step.default(
-        q, k, v, strength, kept, padding, state, normalizer, order, places, *_arguments(features, state),
-        erases, complement,
+        q, k, v, write, erase, decay, state, normalizer, order, places, *_arguments(features, state)
     )  # fmt: skip
     return out, (None if order is None and places is None else moved)
 
@@ -145,15 +160,22 @@ def read(q: Tensor, state: Tensor, normalizer: Optional[Tensor], features: Addre
 
     Row i reads memory i // (n / m). Returns (n, H, Dv) in q's type. Inference only.
     """
+    if q.size(0) == 0:
+        return q.new_empty(*q.shape[:2], state.size(3))  # no rows to divide by the number of memories
     return torch.ops.fwp_fairseq.read.default(q, state, normalizer, *_arguments(features, state))
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    """x Wᵀ + bias: x (n, inputs), weight (outputs, inputs), bias (outputs) or None, of one type, float32 or float64.
+    """x Wᵀ + bias: x (..., inputs), weight (outputs, inputs), bias (outputs) or None, of one type, float32 or float64.
 
-    It reads the weight once and for n of up to some ten takes the time of that. On a processor; inference only.
+    It reads the weight once and for up to some ten rows takes the time of that. On a processor; inference only.
     """
-    return torch.ops.fwp_fairseq.few_rows_linear(x, weight, bias)
+    return torch.ops.fwp_fairseq.few_rows_linear.default(x, weight, bias)
+
+
+def few_rows_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Optional[Tensor]]) -> list[Tensor]:
+    """``few_rows_linear`` with the same x for each weight and its bias, at the cost of one call."""
+    return torch.ops.fwp_fairseq.few_rows_linears.default(x, weights, biases)
 
 
 def _arguments(features: AddressFeatures, state: Tensor) -> tuple[Optional[Tensor], str, int, str]:
@@ -164,7 +186,10 @@ def _arguments(features: AddressFeatures, state: Tensor) -> tuple[Optional[Tenso
 def _register() -> None:
     torch.library.register_fake("fwp_fairseq::step", _step_shapes)
     torch.library.register_fake("fwp_fairseq::read", lambda q, state, *_: q.new_empty(*q.shape[:2], state.size(3)))
-    torch.library.register_fake("fwp_fairseq::few_rows_linear", lambda x, w, _: x.new_empty(x.size(0), w.size(0)))
+    torch.library.register_fake("fwp_fairseq::few_rows_linear", lambda x, w, _: x.new_empty(*x.shape[:-1], w.size(0)))
+    torch.library.register_fake(
+        "fwp_fairseq::few_rows_linears", lambda x, weights, _: [x.new_empty(*x.shape[:-1], w.size(0)) for w in weights]
+    )
     torch.library.register_fake("fwp_fairseq::scan", _scan_shapes)
     torch.library.register_fake("fwp_fairseq::scan_backward", _backward_shapes)
     torch.library.register_autograd("fwp_fairseq::scan", _backward, setup_context=_save)
@@ -235,7 +260,7 @@ def _backward(
 
 
 def _second_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("the gradient of fast weights cannot be differentiated again; backend 'loop' can")
+    raise RuntimeError(NOT_TWICE)
 
 
 # Why the compiled operators cannot be used, or None if they can.

@@ -5,6 +5,7 @@ fast weights in the decoder's self-attention the memory after all of its words c
 generated, and its scores, are the same.
 """
 
+from contextlib import ExitStack
 from typing import Any, Optional
 
 from fairseq.sequence_generator import SequenceGenerator
@@ -20,19 +21,14 @@ class ParallelPrefixGenerator(SequenceGenerator):
     def _generate(
         self, sample: dict[str, Any], prefix_tokens: Optional[Tensor] = None, *args: Any, **kwargs: Any
     ) -> list[list[dict[str, Tensor]]]:
-        decoders = []
-        if prefix_tokens is not None:
-            # Words beyond the shortest prefix of the batch are read one by one.
-            common = int(prefix_tokens.ne(self.pad).cumprod(dim=1).sum(dim=1).min())
-            known = prefix_tokens[:, :common]
-            decoders = [m.decoder for m in self.model.models if common > 1 and _can_read_ahead(m)]
-        for decoder in decoders:
-            decoder.prefix = known
-        try:
+        with ExitStack() as stack:
+            if prefix_tokens is not None:
+                # Words beyond the shortest prefix of the batch are read one by one.
+                common = int(prefix_tokens.ne(self.pad).cumprod(dim=1).sum(dim=1).min())
+                for model in self.model.models:
+                    if common > 1 and _can_read_ahead(model):
+                        stack.enter_context(model.decoder.begin_with(prefix_tokens[:, :common]))
             return super()._generate(sample, prefix_tokens, *args, **kwargs)
-        finally:
-            for decoder in decoders:
-                decoder.prefix = None
 
 
 def _can_read_ahead(model: Any) -> bool:

@@ -5,12 +5,12 @@ the model keeps of the earlier ones goes on from segment to segment, in training
 end at the borders. An epoch begins with nothing. Checkpoints have what is carried, of all processes, so that training
 resumes where it was.
 
-The model says what it carries: its decoder has ``carry``, ``cannot_carry_state`` and ``starting_state``
+The model says what it carries: it has ``cannot_carry_state``, and its decoder ``carry``
 (``fwp_fairseq.modules.carried_state``).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -19,7 +19,9 @@ from fairseq import utils
 from fairseq.data import data_utils
 from fairseq.data.indexed_dataset import get_available_dataset_impl
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.models import FairseqLanguageModel
 from fairseq.optim.amp_optimizer import AMPOptimizer
+from fairseq.sequence_scorer import SequenceScorer
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import II
@@ -107,6 +109,8 @@ class StreamingLanguageModelingTask(LanguageModelingTask):
             raise ValueError("--add-bos-token is not for --task streaming_language_modeling: segments go on")
         self.training = CarriedState()
         self.validation = CarriedState()
+        # Of each model of an ensemble, by --score-reference.
+        self.scoring: defaultdict[int, CarriedState] = defaultdict(CarriedState)
         self._restored: Optional[dict[str, Any]] = None
         self._gathered: Optional[dict[str, Any]] = None
 
@@ -114,19 +118,23 @@ class StreamingLanguageModelingTask(LanguageModelingTask):
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
         """Raises ValueError, saying which flag is in the way, if the model's state cannot be carried."""
-        model = super().build_model(args, from_checkpoint)
-        decoder: Any = getattr(model, "decoder", None)
-        if hasattr(decoder, "cannot_carry_state"):
-            reason = decoder.cannot_carry_state()
+        # Not language_modeling's, which asks translation models for what they do not have.
+        model = super(LanguageModelingTask, self).build_model(args, from_checkpoint)
+        is_language_model = isinstance(model, FairseqLanguageModel)
+        if is_language_model and hasattr(model, "cannot_carry_state"):
+            reason = model.cannot_carry_state()
         else:
             reason = (
                 f"{type(model).__name__} carries nothing from segment to segment: allowed are the architectures "
                 "fwp_transformer_lm*, with fast weights, and transformer_xl*"
             )
         if reason is not None:
+            if from_checkpoint:
+                command = "fairseq-eval-lm" if is_language_model else "fairseq-generate"
+                reason += f". The checkpoint was trained otherwise: use {command}, with the --task of its training"
             raise ValueError(f"--task streaming_language_modeling: {reason}")
         # Models are built for the length of blocks: what has positions must be small enough to be refused.
-        decoder.max_target_positions = self.args.max_target_positions or NO_LIMIT
+        model.decoder.max_target_positions = self.args.max_target_positions or NO_LIMIT
         return model
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
@@ -256,11 +264,16 @@ class StreamingLanguageModelingTask(LanguageModelingTask):
         """
         if constraints is not None:
             raise NotImplementedError("--constraints is not for --task streaming_language_modeling")
+        if isinstance(generator, SequenceScorer):
+            return self._score(generator, models, sample)
         prompts = sample["net_input"]["src_tokens"] if prefix_tokens is None else prefix_tokens
         results = []
         for prompt in prompts:
             prompt = utils.strip_pad(prompt, self.source_dictionary.pad())[None]
-            with _starting_after(models, prompt[:, :-1], self.args.tokens_per_sample):
+            with ExitStack() as stack:
+                for model in models:
+                    state = read_text(model, prompt[:, :-1], self.args.tokens_per_sample)
+                    stack.enter_context(model.decoder.carry(state))
                 last = {"net_input": {"src_tokens": prompt[:, -1:], "src_lengths": prompt.new_ones(1)}}
                 (hypotheses,) = generator.generate(models, last, bos_token=int(prompt[0, -1]))
             for hypothesis in hypotheses:
@@ -268,17 +281,21 @@ class StreamingLanguageModelingTask(LanguageModelingTask):
             results.append(hypotheses)
         return results
 
-
-@contextmanager
-def _starting_after(models: list[Any], read: Tensor, segment_length: int) -> Iterator[None]:
-    """Within this context the models' incremental decoding goes on from the words ``read``, (1, length)."""
-    try:
-        for model in models:
-            model.decoder.starting_state = read_text(model, read, segment_length)
-        yield
-    finally:
-        for model in models:
-            model.decoder.starting_state = None
+    def _score(
+        self, scorer: SequenceScorer, models: list[Any], sample: dict[str, Any]
+    ) -> list[list[dict[str, Tensor]]]:
+        """Score the words of sentences, or of the next segment of streams: there, what precedes it is known."""
+        if "position" not in sample:
+            return scorer.generate(models, sample)
+        with ExitStack() as stack:
+            left = [
+                stack.enter_context(model.decoder.carry(self.scoring[number].before(sample)))
+                for number, model in enumerate(models)
+            ]
+            hypotheses = scorer.generate(models, sample)
+        for number, layers in enumerate(left):
+            self.scoring[number].after(layers)
+        return hypotheses
 
 
 @torch.no_grad()

@@ -84,14 +84,12 @@ def time_step(rows: int, h: int, d_k: int, d_v: int, repeats: int) -> None:
     state = torch.randn(rows, h, d_k, d_v, device="cuda")
     other = torch.empty_like(state)
     q, k = (torch.randn(rows, h, d_k // 2, device="cuda") for _ in range(2))
-    v, strength = torch.randn(rows, h, d_v, device="cuda"), torch.randn(rows, h, device="cuda")
+    v, beta = torch.randn(rows, h, d_v, device="cuda"), torch.rand(rows, h, device="cuda")
     order, places = torch.randperm(rows, device="cuda"), torch.arange(rows, device="cuda")
     features = native.AddressFeatures("dpfp", 1, "sum")
 
     def step(order: Optional[Tensor], places: Optional[Tensor]) -> object:
-        return native.step(
-            q, k, v, strength, None, None, state, None, order, places, features, erases=True, complement=False
-        )
+        return native.step(q, k, v, beta, beta, None, state, None, order, places, features)
 
     copied = milliseconds(lambda: other.copy_(state), repeats)
     rate = 2 * state.nbytes / 2**30 / copied * 1e3

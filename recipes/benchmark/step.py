@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from shared import clock, write_csv
 
-from fwp_fairseq.modules.few_rows_linear import FewRowsLinear
+from fwp_fairseq.modules.few_rows_linear import use_few_rows_linear
 from fwp_fairseq.ops import native
 
 # Hypotheses of 8 heads with Dk = 128 (DPFP-1 of 64) and Dv = 64: 256 KiB each.
@@ -35,7 +35,7 @@ def make_step(rows: int, heads: int, d_key: int, d_v: int, reorder: bool) -> tup
     """A call of the step with the delta rule and DPFP-1, and the memories that it works on."""
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(rows, heads, d, generator=generator) for d in (d_key, d_key, d_v))
-    strength = torch.randn(rows, heads, generator=generator)
+    beta = torch.rand(rows, heads, generator=generator)
     state = torch.zeros(rows, heads, 2 * d_key, d_v)
     features = native.AddressFeatures("dpfp", 1, "sum")
     order = torch.randint(rows, (rows,), generator=generator) if reorder else None
@@ -43,9 +43,7 @@ def make_step(rows: int, heads: int, d_key: int, d_v: int, reorder: bool) -> tup
 
     def step() -> None:
         nonlocal places
-        _, places = native.step(
-            q, k, v, strength, None, None, state, None, order, places, features, erases=True, complement=False
-        )
+        _, places = native.step(q, k, v, beta, beta, None, state, None, order, places, features)
 
     return step, state
 
@@ -109,12 +107,13 @@ def main() -> int:
 
 
 def time_linear(repeats: int) -> list[dict[str, Any]]:
-    """nn.Linear and FewRowsLinear with one row for each hypothesis of a beam, and of 16 sentences."""
+    """nn.Linear as it is and by few_rows_linear, with one row for each hypothesis of a beam, and of 16 sentences."""
     rows = []
     for count in (1, 5, 80):
         for inputs, outputs in LINEAR:
             x = torch.randn(1, count, inputs)
-            layers = [[kind(inputs, outputs) for _ in range(12)] for kind in (torch.nn.Linear, FewRowsLinear)]
+            layers = [torch.nn.ModuleList(torch.nn.Linear(inputs, outputs) for _ in range(12)) for _ in range(2)]
+            use_few_rows_linear(layers[1])
             times: tuple[list[float], list[float]] = ([], [])
             for repetition in range(repeats + 1):
                 for found, group in zip(times, layers):
@@ -134,7 +133,7 @@ def time_linear(repeats: int) -> list[dict[str, Any]]:
             )
             print(
                 f"  linear, {count:>2} rows, {inputs:>4} -> {outputs:>5}: nn.Linear {plain:7.0f} us, "
-                f"FewRowsLinear {ours:7.0f} us, {rows[-1]['gb_per_s']:5.1f} GB/s of weights",
+                f"few_rows_linear {ours:7.0f} us, {rows[-1]['gb_per_s']:5.1f} GB/s of weights",
                 flush=True,
             )
     return rows

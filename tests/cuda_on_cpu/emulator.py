@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from compiled import compile_once
 from torch import Tensor
 
 from fwp_fairseq.ops.native import SEGMENT, AddressFeatures
@@ -60,10 +61,7 @@ class Step(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_int64) for n in ("rows", "slots", "heads", "dv", "parents")),
         ("features", Features),
-        *((n, Sequence) for n in ("q", "k", "v", "out", "strength", "kept")),
-        ("padding", ctypes.c_void_p),
-        ("erases", ctypes.c_bool),
-        ("complement", ctypes.c_bool),
+        *((n, Sequence) for n in ("q", "k", "v", "out", "write", "erase", "decay")),
         *((n, ctypes.c_void_p) for n in ("state", "normalizer", "order", "places", "new_places")),
     ]
 
@@ -94,14 +92,17 @@ class LaunchError(RuntimeError):
     """What the emulated device says went wrong."""
 
 
-def compile_kernels(folder: Path, sources: Path = SOURCES, sanitize: bool = False) -> Path:
-    """Build the library of the kernels in ``sources`` into ``folder``; returns its path."""
-    library = folder / "kernels.so"
+def compile_kernels(cache: Path, sources: Path = SOURCES, sanitize: bool = False) -> Path:
+    """Path of the library of the kernels in ``sources``, which is built unless ``cache`` has it."""
     flags = ["-fsanitize=address", "-fno-omit-frame-pointer"] if sanitize else []
     command = ["g++", "-std=c++20", "-O1", "-g1", "-shared", "-fPIC", "-Wno-unknown-pragmas", *flags]
-    command += [f"-I{HERE}", f"-I{sources}", str(HERE / "kernels.cpp"), "-o", str(library)]
-    subprocess.run(command, check=True)
-    return library
+
+    def build(library: Path) -> None:
+        folders = [f"-I{HERE}", f"-I{sources}"]
+        subprocess.run([*command, *folders, str(HERE / "kernels.cpp"), "-o", str(library)], check=True)
+
+    files = [path for folder in (HERE, sources) for path in folder.iterdir() if path.suffix not in (".py", "")]
+    return compile_once(cache, command, files, build)
 
 
 class Kernels:
@@ -194,17 +195,14 @@ class Kernels:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        strength: Optional[Tensor],
-        kept: Optional[Tensor],
-        padding: Optional[Tensor],
+        write: Optional[Tensor],
+        erase: Optional[Tensor],
+        decay: Optional[Tensor],
         state: Tensor,
         normalizer: Optional[Tensor],
         order: Optional[Tensor],
         places: Optional[Tensor],
         features: AddressFeatures,
-        *,
-        erases: bool,
-        complement: bool,
     ) -> tuple[Tensor, Optional[Tensor]]:
         """``native.step``."""
         out = _empty(v.shape, v.dtype)
@@ -212,12 +210,12 @@ class Kernels:
         address, _held = _features(features, q, state)
         p = Step(rows=q.size(0), slots=state.size(0), heads=q.size(1), dv=v.size(2), features=address)
         p.parents = p.slots if places is None else places.size(0)
-        for name, x in (("q", q), ("k", k), ("v", v), ("out", out), ("strength", strength), ("kept", kept)):
+        gates = (("write", write), ("erase", erase), ("decay", decay))
+        for name, x in (("q", q), ("k", k), ("v", v), ("out", out), *gates):
             if x is not None:
                 setattr(p, name, _token(x))
-        p.erases, p.complement = erases, complement
         for name, x in (
-            ("padding", padding), ("state", state), ("normalizer", normalizer), ("order", order), ("places", places),
+            ("state", state), ("normalizer", normalizer), ("order", order), ("places", places),
             ("new_places", moved),
         ):  # fmt: skip
             setattr(p, name, None if x is None else x.data_ptr())

@@ -47,14 +47,14 @@ MISTAKES = [
 ]
 
 
-def compile_with_mistakes(folder: Path) -> Path:
-    """The library with all of them, none of which is made until it is asked for."""
+def compile_with_mistakes(folder: Path, cache: Path) -> Path:
+    """The library with all of them, none of which is made until it is asked for; ``folder`` is for its sources."""
     sources = Path(shutil.copytree(SOURCES, folder / "csrc"))
     for number, (file, right, wrong) in enumerate(MISTAKES, 1):
         text = (sources / file).read_text()
         assert text.count(right) == 1, f"{file} has {text.count(right)} times: {right}"
         (sources / file).write_text(text.replace(right, wrong.replace("M", f"emulated::mistake({number})")))
-    return compile_kernels(folder, sources, sanitize=True)
+    return compile_kernels(cache, sources, sanitize=True)
 
 
 def main() -> int:
