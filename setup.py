@@ -162,6 +162,7 @@ setup(
     extras_require={
         # Not required of everyone, since many have a fairseq from source.
         "fairseq": ["ve-fairseq; python_version>='3.11'", "fairseq; python_version<'3.11'"],
+        "onnx": ["onnx>=1.18", "onnxruntime>=1.26", "safetensors"],
         "test": [
             "pytest",
             "pytest-xdist",
@@ -173,6 +174,9 @@ setup(
             "sacremoses",
             "matplotlib",
             "setuptools",
+            "onnx",
+            "onnxruntime",
+            "safetensors",
         ],
     },
     classifiers=[
