@@ -34,6 +34,35 @@ ROOT = Path(__file__).resolve().parent.parent
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
+# In the order of their time, for --dist loadfile --no-loadscope-reorder: two processes then end at about the same time.
+LONGEST_FILES = (
+    *(
+        "wikitext103_recipe",
+        "ui_strings_recipe",
+        "wmt14_recipe",
+        "streaming",
+        "ops_transforms",
+        "cuda_on_cpu",
+        "package",
+    ),
+    *(
+        "package",
+        "onnx_translate",
+        "as_fairseq_binaries",
+        "transformer_xl",
+        "checkpoints",
+        "cuda_compile",
+        "saving",
+        "mends",
+    ),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first."""
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
 
 def find_script(name: str) -> str:
     """Path of a console script of the Python that runs the tests."""

@@ -62,7 +62,7 @@ check lint ruff check
 check format ruff format --check
 check types mypy
 # As many at a time as there are cores. A file stays together: its tests share what they train.
-check tests pytest -n auto --dist loadfile --durations 10 "$@"
+check tests pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10 "$@"
 if ((${#failed[@]})); then
     echo "tests/run.sh: failed: ${failed[*]}" >&2
     exit 1
