@@ -205,5 +205,4 @@ def test_a_batch_of_no_sentences_can_be_decoded(rule):
         assert attention(x, x, x, incremental_state=state)[0].shape == x.shape
         assert cross(x, x, x, incremental_state=state, static_kv=True)[0].shape == x.shape
         for module in (attention, cross):
-            module.set_beam_size(5)
             module.reorder_incremental_state(state, torch.zeros(0, dtype=torch.long))

@@ -117,21 +117,20 @@ def time_operators(args: Any) -> None:
 
 
 def native_call(x: dict[str, Any], erases: bool) -> Callable[[], torch.Tensor]:
-    """The compiled operators on the same numbers. The step has logits of the write strengths."""
+    """The compiled operators on the same numbers."""
     q, k, v, write = (torch.from_numpy(x[name]).transpose(1, 2).contiguous() for name in ("q", "k", "v", "write"))
     state = torch.from_numpy(x["state"]).clone()
+    erase = write if erases else None
     if q.size(2) > 1:
-        return lambda: fast_weight_scan(
-            q, k, v, write, write if erases else None, initial_state=state, backend="native"
-        )[0]
+        return lambda: fast_weight_scan(q, k, v, write, erase, initial_state=state, backend="native")[0]
     features = native.AddressFeatures("dpfp", 1, "sum")
-    q, k, v, strength = q[:, :, 0], k[:, :, 0], v[:, :, 0], write[:, :, 0].logit()
+    q, k, v, write = q[:, :, 0], k[:, :, 0], v[:, :, 0], write[:, :, 0]
+    erase = None if erase is None else write
 
     def step() -> torch.Tensor:
         nonlocal state
         state.copy_(torch.from_numpy(x["state"]))
-        gates = (strength, None, None)
-        return native.step(q, k, v, *gates, state, None, None, None, features, erases=erases, complement=False)[0]
+        return native.step(q, k, v, write, erase, None, state, None, None, None, features)[0]
 
     return step
 
