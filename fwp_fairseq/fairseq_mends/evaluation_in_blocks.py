@@ -25,14 +25,20 @@ logger = logging.getLogger(__name__)
 
 
 def check_length(sizes: NDArray[np.int64], longest: int, other_command: Optional[str]) -> None:
-    """Raise ValueError, which says what to give instead, if most tokens are in blocks longer than the model takes."""
+    """Say what to give instead if most tokens are in blocks that are longer than the model takes.
+
+    As a warning for models of which fairseq has always left them out; a ValueError if there is a command that does not.
+    """
     tokens, lost = int(sizes.sum()), int(sizes[sizes > longest].sum())
-    if lost > tokens / 2:
-        raise ValueError(
-            f"{lost} of {tokens} tokens would be left out, in blocks of up to {sizes.max()}, since the model takes "
-            f"{longest} at once: give --tokens-per-sample {longest}"
-            + (f", or use {other_command}" if other_command else "")
-        )
+    if lost <= tokens / 2:
+        return
+    message = (
+        f"{lost} of {tokens} tokens would be left out, in blocks of up to {sizes.max()}, since the model takes "
+        f"{longest} at once: give --tokens-per-sample {longest}"
+    )
+    if other_command:
+        raise ValueError(f"{message}, or use {other_command}")
+    logger.warning(message)
 
 
 def install() -> None:
