@@ -144,7 +144,7 @@ class StreamingLanguageModelingTask(LanguageModelingTask):
         lines = data_utils.load_indexed_dataset(path, self.dictionary, self.args.dataset_impl, combine=combine)
         if lines is None:
             raise FileNotFoundError(f"Dataset not found: {split} ({path})")
-        if not sum(lines.sizes):
+        if not lines.sizes.any():
             raise ValueError(f"{path} has no tokens")
         self.datasets[split] = TokenStreams(lines, self.args.tokens_per_sample, self.dictionary, self.output_dictionary)
 
