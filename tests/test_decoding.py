@@ -223,10 +223,13 @@ def test_attention_decodes_as_without_the_compiled_step(config):
     orders: list[list[list[int]]] = [[], [[1, 1, 0]], [[2, 0, 2]], [[1, 2, 0], [0, 2]], [], [[1]]]
     rows = 3
     for i, before in enumerate(orders):
+        composed = torch.arange(rows)
         for order in before:
-            rows = len(order)
-            for module, state in zip((attention, plain), states):
-                module.reorder_incremental_state(state, torch.tensor(order))
+            attention.reorder_incremental_state(states[0], torch.tensor(order))
+            composed = composed[order]
+        if before:
+            plain.reorder_incremental_state(states[1], composed)
+        rows = len(composed)
         x = inputs(1, batch=rows, seed=i)
         padding = None if i != 2 else torch.tensor([[True], [False], [False]])
         with torch.no_grad():
