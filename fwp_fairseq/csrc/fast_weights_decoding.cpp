@@ -88,6 +88,8 @@ Tensor read_memory(
     return call.out;
 }
 
+bool has_feature_map(std::string_view name) { return fwp::feature_map_of(name).has_value(); }
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fwp_fairseq, m) {
@@ -98,6 +100,7 @@ TORCH_LIBRARY_FRAGMENT(fwp_fairseq, m) {
     m.def(
         "read(Tensor q, Tensor state, Tensor? normalizer, Tensor? projection, str feature_map, int nu, "
         "str key_normalization) -> Tensor");
+    m.def("has_feature_map(str name) -> bool", &has_feature_map);
 }
 
 TORCH_LIBRARY_IMPL(fwp_fairseq, CPU, m) {

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <iterator>
 #include <optional>
 #include <string_view>
 #include <vector>
@@ -13,27 +14,30 @@
 
 namespace fwp {
 
+inline std::optional<FeatureMap> feature_map_of(std::string_view name) {
+    constexpr std::string_view names[] = {"none", "elu", "favor", "dpfp", "tanh"};  // in the order of the enumeration
+    for (size_t i = 0; i < std::size(names); ++i)
+        if (name == names[i]) return static_cast<FeatureMap>(i);
+    return {};
+}
+
 inline Features features_of(
     std::string_view map, int64_t nu, std::string_view normalization, const std::optional<at::Tensor>& projection,
     int64_t d_key, int64_t dk, at::ScalarType type) {
     Features f;
     f.d_key = d_key, f.dk = dk, f.nu = nu;
+    const auto found = feature_map_of(map);
+    TORCH_CHECK_VALUE(found, "feature_map is ", map, ", allowed are none, elu, favor, dpfp, tanh");
+    f.map = *found;
     int64_t size = d_key;
-    if (map == "none") {
-        f.map = FeatureMap::none;
-    } else if (map == "elu") {
-        f.map = FeatureMap::elu;
-    } else if (map == "tanh") {
-        f.map = FeatureMap::tanh;
-    } else if (map == "dpfp") {
-        f.map = FeatureMap::dpfp, size = 2 * d_key * nu;
+    if (f.map == FeatureMap::dpfp) {
+        size = 2 * d_key * nu;
         TORCH_CHECK_VALUE(nu >= 1 && nu < 2 * d_key, "nu is ", nu, ", allowed is 1 to 2 * d_key - 1 = ", 2 * d_key - 1);
-    } else {
-        TORCH_CHECK_VALUE(map == "favor", "feature_map is ", map, ", allowed are none, elu, favor, dpfp, tanh");
+    } else if (f.map == FeatureMap::favor) {
         TORCH_CHECK_VALUE(projection && projection->dim() == 2 && projection->size(1) == d_key &&
                               projection->scalar_type() == type && projection->is_contiguous(),
                           "favor needs a projection (m, d_key), contiguous and in the type of the state");
-        f.map = FeatureMap::favor, f.projection = projection->const_data_ptr(), size = 2 * projection->size(0);
+        f.projection = projection->const_data_ptr(), size = 2 * projection->size(0);
     }
     TORCH_CHECK_VALUE(size == dk, "the state has ", dk, " rows, these keys have ", size, " features");
     if (normalization == "sum") {

@@ -13,7 +13,7 @@ pairs are written before any query reads.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Optional
 
 import torch
@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fwp_fairseq.models.options import plain_options
-from fwp_fairseq.modules.fast_weight_config import check_backend
-from fwp_fairseq.modules.key_features import FEATURE_MAPS, KeyFeatures, check_feature_options
+from fwp_fairseq.modules.fast_weight_config import check_backend, option_fields
+from fwp_fairseq.modules.key_features import KeyFeatures
 from fwp_fairseq.modules.places import ATTENTION_KINDS
 from fwp_fairseq.ops import (
     BACKENDS,
+    FEATURE_MAPS,
     UPDATE_RULES,
     Gates,
+    UpdateRule,
     fast_weight_memory,
     fast_weight_read,
     fast_weight_scan,
@@ -43,8 +45,15 @@ from fwp_fairseq.ops import (
 KEY_NORMALIZATION = {"sum": "none", "delta": "sum", "fwm": "none"}
 
 
+_Choices = make_dataclass(
+    "_Choices",
+    option_fields(option for feature_map in FEATURE_MAPS.values() for option in feature_map.options),
+    bases=(FairseqDataclass,),
+)
+
+
 @dataclass
-class AssociativeMemoryConfig(FairseqDataclass):
+class AssociativeMemoryConfig(_Choices):  # type: ignore[misc, valid-type]
     """Options of the model; each is a flag of the same name."""
 
     attention: ChoiceEnum(list(ATTENTION_KINDS)) = field(  # type: ignore[valid-type]
@@ -56,8 +65,6 @@ class AssociativeMemoryConfig(FairseqDataclass):
     feature_map: ChoiceEnum(list(FEATURE_MAPS)) = field(  # type: ignore[valid-type]
         default="dpfp", metadata={"help": "feature map of keys and queries; tanh goes with fwm only"}
     )
-    dpfp_nu: int = field(default=1, metadata={"help": "nu of DPFP: a memory has 2 * nu * key size rows"})
-    favor_features: int = field(default=64, metadata={"help": "m of FAVOR+: a memory has 2 * m rows"})
     favor_redraw_in_evaluation: bool = field(
         default=False,
         metadata={
@@ -84,7 +91,7 @@ class AssociativeMemory(BaseFairseqModel):
     def __init__(self, cfg: Any, num_keys: int) -> None:
         super().__init__()
         softmax = str(cfg.attention) == "softmax"
-        self.rule = None if softmax else UPDATE_RULES[str(cfg.update_rule)]
+        self.update_rule = None if softmax else str(cfg.update_rule)
         self.backend = str(cfg.fast_weight_backend)
         self.num_keys = num_keys
         size = int(2 * num_keys * 1.1) if cfg.embedding_size is None else cfg.embedding_size
@@ -92,13 +99,13 @@ class AssociativeMemory(BaseFairseqModel):
         self.embedding = nn.Embedding(num_keys, size)  # N(0, 1)
         self.key = nn.Linear(num_keys + size, cfg.key_size)
         self.query = nn.Linear(size, cfg.key_size)
-        self.strength = None if self.rule is None or not self.rule.strength else nn.Linear(num_keys + size, 1)
+        self.strength = None if self.rule is None or not self.rule.takes else nn.Linear(num_keys + size, 1)
         self.features = None
         if self.rule is not None:
             normalization = KEY_NORMALIZATION[self.rule.name]
-            self.features = KeyFeatures(
-                str(cfg.feature_map), normalization, cfg.key_size, nu=cfg.dpfp_nu, m=cfg.favor_features
-            )
+            feature_map = str(cfg.feature_map)
+            choices = {option.name: getattr(cfg, option.name) for option in FEATURE_MAPS[feature_map].options}
+            self.features = KeyFeatures(feature_map, normalization, cfg.key_size, **choices)
         self.redraw_in_evaluation = cfg.favor_redraw_in_evaluation
         self.register_buffer("value_identity", torch.eye(num_keys), persistent=False)
         for projection in (self.key, self.query):
@@ -108,6 +115,11 @@ class AssociativeMemory(BaseFairseqModel):
                 # As in the authors' program. At large S it is far more than Xavier's range.
                 bound = 1 / math.sqrt(cfg.key_size)
                 nn.init.uniform_(projection.weight, -bound, bound)
+
+    @property
+    def rule(self) -> Optional[UpdateRule]:
+        """None: softmax. By its name, which a pickle can take with it."""
+        return None if self.update_rule is None else UPDATE_RULES[self.update_rule]
 
     @classmethod
     def build_model(cls, cfg: AssociativeMemoryConfig, task: Any) -> "AssociativeMemory":
@@ -201,12 +213,16 @@ def _check(cfg: Any, embedding_size: int) -> None:
     rule, feature_map = str(cfg.update_rule), str(cfg.feature_map)
     if rule not in KEY_NORMALIZATION:
         raise ValueError(f"--update-rule is {rule}, allowed are {', '.join(KEY_NORMALIZATION)} in associative_memory")
-    check_feature_options(feature_map, cfg.dpfp_nu, cfg.favor_features, cfg.key_size, "key size")
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"--feature-map is {feature_map}, allowed are {', '.join(FEATURE_MAPS)}")
+    for option in FEATURE_MAPS[feature_map].options:
+        option.check(getattr(cfg, option.name), cfg.key_size, "key size", "")
     if cfg.favor_redraw_in_evaluation and feature_map != "favor":
         raise ValueError(f"--favor-redraw-in-evaluation is for --feature-map favor, and that is {feature_map}")
-    if feature_map == "tanh" and rule != "fwm":
+    if FEATURE_MAPS[feature_map].signed and rule != "fwm":
+        others = [name for name, each in FEATURE_MAPS.items() if not each.signed]
         raise ValueError(
-            f"--feature-map tanh has negative features: with --update-rule {rule}, which divides by sums, "
-            "allowed are elu, favor and dpfp"
+            f"--feature-map {feature_map} has negative features: with --update-rule {rule}, which divides by sums, "
+            f"allowed are {', '.join(others)}"
         )
     check_backend(str(cfg.fast_weight_backend), UPDATE_RULES[rule], cfg.cpu is True)

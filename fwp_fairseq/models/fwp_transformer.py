@@ -21,8 +21,8 @@ from fairseq.models.transformer import transformer_legacy as fairseq_architectur
 from torch import Tensor, nn
 
 from fwp_fairseq.models.options import complete_pruning, name_dropout, plain_options
-from fwp_fairseq.modules.carried_state import CarriesState, InThread
-from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention, IncrementalState
+from fwp_fairseq.modules.carried_state import CarriesState, IncrementalState, InThread
+from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 from fwp_fairseq.modules.fast_weight_layers import FastWeightDecoderLayer, FastWeightEncoderLayer, wrap_layer
 from fwp_fairseq.modules.few_rows_linear import use_few_rows_linear
@@ -194,8 +194,7 @@ class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
         with self.carry() as state:
             features, extra = self.extract_features(tokens, encoder_out)
         for attention, kept in zip(self.self_attentions(), state):
-            buffer = {name: x.contiguous() for name, x in kept.items()}
-            attention._set_input_buffer(incremental_state, buffer)
+            attention.go_on_from(incremental_state, kept)
         self.set_incremental_state(incremental_state, _AHEAD, {"features": features, "attn": extra["attn"][0]})
 
     def can_read_ahead(self) -> bool:

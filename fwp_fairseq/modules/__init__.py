@@ -6,6 +6,13 @@ require_fairseq()
 
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention  # noqa: E402
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig  # noqa: E402
+from fwp_fairseq.modules.fast_weight_cross_attention import FastWeightCrossAttention  # noqa: E402
 from fwp_fairseq.modules.fast_weight_layers import FastWeightDecoderLayer, FastWeightEncoderLayer  # noqa: E402
 
-__all__ = ["FastWeightAttention", "FastWeightConfig", "FastWeightDecoderLayer", "FastWeightEncoderLayer"]
+__all__ = [
+    "FastWeightAttention",
+    "FastWeightConfig",
+    "FastWeightCrossAttention",
+    "FastWeightDecoderLayer",
+    "FastWeightEncoderLayer",
+]

@@ -1,11 +1,11 @@
 """What a decoder carries from one segment of a text to the next, so that the context has no limit.
 
-Each layer's self-attention owns what it carries: a dict of tensors whose first dimension is the batch. Gradients are
-cut between segments.
+Each layer's self-attention owns what it carries: a dict of tensors, one row for each of the batch. Gradients are cut
+between segments.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Optional
@@ -14,11 +14,11 @@ import torch
 from fairseq.incremental_decoding_utils import with_incremental_state
 from torch import Tensor, nn
 
-LayerState = dict[str, Tensor]
-DecoderState = list[LayerState]
+from fwp_fairseq.modules.attention_state import AttentionState, LayerState
 
-# fairseq's decoder layer looks for this key to see whether decoding has begun (--cross-self-attention needs it).
-MEMORY = "prev_key"
+DecoderState = list[LayerState]
+# fairseq's; what is kept of each module is an AttentionState, or fairseq's own.
+IncrementalState = dict[str, Any]
 
 
 class InThread(threading.local):
@@ -47,9 +47,9 @@ class InThread(threading.local):
 
 @with_incremental_state
 class AttentionWithState(nn.Module):
-    """Base of attention that keeps tensors, whose first dimension is the batch, of the tokens that it has read.
+    """Base of attention that keeps something of the tokens that it has read, as an AttentionState.
 
-    In incremental decoding they are in fairseq's ``incremental_state``. What a parallel pass goes on from and leaves,
+    In incremental decoding that is in fairseq's ``incremental_state``. What a parallel pass goes on from and leaves,
     and what decoding begins with, ``carry`` says.
     """
 
@@ -85,33 +85,45 @@ class AttentionWithState(nn.Module):
             return self._anywhere
         return self._here.carried
 
-    def _kept(self, incremental_state: Any, rows: int) -> Mapping[str, Optional[Tensor]]:
+    def _kept(self, incremental_state: Optional[IncrementalState], rows: int) -> AttentionState:
         """What was kept of the tokens before, by decoding or by the parallel pass before, for the rows of this one."""
         if incremental_state is not None:
-            buffer = self.get_incremental_state(incremental_state, "attn_state")
-            if buffer is not None:
-                return buffer
+            state = self.get_incremental_state(incremental_state, "attn_state")
+            if state is not None:
+                return state
         carried = self._carried()
         if carried is None:
-            return {}
+            return AttentionState()
         before, _ = carried
         if incremental_state is None:
-            return before
+            return AttentionState(before)
         # Copies, since decoding writes into them.
-        return {name: x.repeat_interleave(rows // x.size(0), dim=0) for name, x in before.items()}
+        return AttentionState({name: x.repeat_interleave(rows // x.size(0), dim=0) for name, x in before.items()})
 
-    def _keep(self, incremental_state: Any, state: Mapping[str, Optional[Tensor]]) -> None:
+    def _keep(self, incremental_state: Optional[IncrementalState], state: AttentionState) -> None:
         """Keep this for the tokens to come."""
-        self._set_input_buffer(incremental_state, state)
-        carried = self._carried() if incremental_state is None else None
+        if incremental_state is not None:
+            self.set_incremental_state(incremental_state, "attn_state", state)
+            return
+        carried = self._carried()
         if carried is not None:
-            carried[1].update({name: x.detach() for name, x in state.items() if x is not None})
+            carried[1].update({name: x.detach() for name, x in state.rows().items()})
 
-    def _get_input_buffer(self, incremental_state: Any) -> dict[str, Optional[Tensor]]:
-        return self.get_incremental_state(incremental_state, "attn_state") or {}
+    def go_on_from(self, incremental_state: IncrementalState, rows: LayerState) -> None:
+        """Let decoding go on from what ``carry`` yielded, for the same rows. Decoding writes into these tensors."""
+        self._keep(incremental_state, AttentionState({name: x.contiguous() for name, x in rows.items()}))
 
-    def _set_input_buffer(self, incremental_state: Any, buffer: Mapping[str, Optional[Tensor]]) -> Any:
-        return self.set_incremental_state(incremental_state, "attn_state", buffer)
+    def reorder_incremental_state(self, incremental_state: IncrementalState, new_order: Tensor) -> IncrementalState:
+        """Let row i go on from what row ``new_order[i]`` has read so far. fairseq calls this of every module."""
+        state = self.get_incremental_state(incremental_state, "attn_state")
+        if state is not None:
+            state.reorder(new_order)
+        return incremental_state
+
+    def _get_input_buffer(self, incremental_state: Optional[IncrementalState]) -> LayerState:
+        """Under fairseq's name, whose decoder layer looks into it."""
+        state = self.get_incremental_state(incremental_state, "attn_state")
+        return {} if state is None else state.tensors()
 
 
 class CarriesState:

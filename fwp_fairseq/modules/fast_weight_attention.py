@@ -1,64 +1,50 @@
 """Multi-head attention whose memory is a fast-weight matrix, behind the interface of fairseq's MultiheadAttention."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any, Optional
 
 import torch
-from fairseq.modules import LayerNorm
 from fairseq.modules.fairseq_dropout import FairseqDropout
 from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor, nn
 
-from fwp_fairseq.modules.carried_state import MEMORY, AttentionWithState
+from fwp_fairseq.modules.attention_state import AttentionState
+from fwp_fairseq.modules.carried_state import AttentionWithState, IncrementalState
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 from fwp_fairseq.modules.few_rows_linear import call_linears
 from fwp_fairseq.modules.key_features import KeyFeatures
-from fwp_fairseq.ops import (
-    Gates,
-    fast_weight_memory,
-    fast_weight_read,
-    fast_weight_scan,
-    fast_weight_step,
-    native,
-    normalized_memory,
-    normalized_read,
-    normalized_scan,
-    normalized_step,
-)
+from fwp_fairseq.modules.recurrence import Recurrence
+from fwp_fairseq.modules.stages import STAGES, Mixing, Projection, ReadOut, Sizes, Stage, TokenGates, Tokens
+from fwp_fairseq.ops import FEATURE_MAPS, UPDATE_RULES, UpdateRule
 from fwp_fairseq.ops.fast_weights import choose_backend
 from fwp_fairseq.ops.numerics import state_dtype
-from fwp_fairseq.ops.torch_modes import is_transformed
-
-IncrementalState = dict[str, dict[str, Optional[Tensor]]]
-
-_NORMALIZER = "normalizer"
-# With the compiled step: where rows of the batch have their memories, and the beam order that is yet to be applied.
-_PLACES = "places"
-_ORDER = "order"
-# Of cross-attention: which memory each row reads. Neighbours share one, and each memory has as many.
-_SOURCES = "sources"
 
 
 class FastWeightAttention(AttentionWithState):
     """Attention that writes (key, value) associations into a matrix per head and reads them with queries.
 
-    It composes projections, a feature map with its normalisation, an update rule, optional attention normalisation,
-    and one of two readings of the memory:
+    It projects its inputs, runs the stages, and keeps the state:
+
+        projections → mixing → features → gates → recurrence → read-out → output projection
+
+    The memory is read in one of two ways:
 
     - causal (decoder self-attention): every query reads right after its own token is written;
-    - whole (``self_attention=True, causal=False``: encoder; ``encoder_decoder_attention=True``: cross-attention): all
-      tokens are written, then every query reads the finished memory.
+    - whole (``causal=False``, encoder self-attention): all tokens are written, then every query reads the finished
+      memory. FastWeightCrossAttention does so with a source.
 
-    The write strength is a sigmoid of a projection to one scalar per head (eq. 21). Padded keys leave the memory as
-    it is. ``dropout`` (--attention-dropout) acts on what is read, before the output projection: there are no attention
-    weights to drop, and dropping writes would change the rule.
+    Padded keys leave the memory as it is. ``dropout`` (--attention-dropout) acts on what is read, before the output
+    projection: there are no attention weights to drop, and dropping writes would change the rule.
 
-    In incremental decoding the state is the memory, (B, H, Dk, Dv) float32, and with attention normalisation the
-    normalizer, (B, H, Dk, 1); neither grows. Cross-attention writes the source once, and beams of a sentence share it.
+    In incremental decoding the state is the memory, (B, H, Dk, Dv) float32, with attention normalisation the
+    normalizer, (B, H, Dk, 1), and what mixing keeps; none of it grows.
 
     Shapes are fairseq's: time first, (L, B, embed_dim). The second output, attention weights, is always None.
     """
+
+    encoder_decoder_attention = False
+    gates: TokenGates
 
     def __init__(
         self,
@@ -70,21 +56,19 @@ class FastWeightAttention(AttentionWithState):
         vdim: Optional[int] = None,
         dropout: float = 0.0,
         causal: bool = False,
-        encoder_decoder_attention: bool = False,
         q_noise: float = 0.0,
         qn_block_size: int = 8,
     ) -> None:
         super().__init__()
         config = config or FastWeightConfig()
-        config.check(embed_dim, num_heads, "decoder" if causal or encoder_decoder_attention else "encoder")
+        config.check(embed_dim, num_heads, "decoder" if causal or self.encoder_decoder_attention else "encoder")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
         self.causal = causal
-        self.encoder_decoder_attention = encoder_decoder_attention
-        self.rule = config.rule
+        self.update_rule = config.rule.name
         self.backend = str(config.fast_weight_backend)
         self.attention_normalization = config.attention_normalization
 
@@ -96,38 +80,45 @@ class FastWeightAttention(AttentionWithState):
         self.v_proj = linear(self.vdim, embed_dim, bias)
         self.q_proj = linear(embed_dim, embed_dim, bias)
         self.out_proj = linear(embed_dim, embed_dim, bias)
-        self.write_proj = nn.Linear(self.kdim, num_heads, config.write_strength_bias) if self.rule.strength else None
-        self.decay_proj = nn.Linear(self.kdim, num_heads) if self.rule.forgets == "learned" else None
+        for kind in STAGES:
+            stage = kind(config, Sizes(num_heads, self.head_dim, causal)) if kind.is_wanted(config) else None
+            self.add_module(kind.name, stage)
+            for layer in () if stage is None else stage.projections():
+                inputs, outputs = embed_dim if layer.of == "query" else self.kdim, num_heads * layer.per_head
+                self.add_module(layer.name, nn.Linear(inputs, outputs, layer.bias) if layer.wanted else None)
         self.features = KeyFeatures(
             str(config.feature_map),
             str(config.key_normalization),
             self.head_dim,
-            nu=config.dpfp_nu,
-            m=config.favor_features,
+            **config.choices(FEATURE_MAPS[str(config.feature_map)].options),
         )
-        # FWM reads through a layer norm (sec. 6.1.2): the bound on its memory bounds what can be read.
-        normalize_read = config.read_layer_norm or self.rule.max_norm is not None
-        self.read_layer_norm = LayerNorm(self.head_dim) if normalize_read else None
+        self.recurrence = Recurrence(self.backend, self.attention_normalization, self.rule.max_norm)
         # Under fairseq's name, which --retain-dropout-modules goes by.
         self.dropout_module = FairseqDropout(dropout, module_name="MultiheadAttention")
         self.reset_parameters()
 
+    @property
+    def rule(self) -> UpdateRule:
+        """By its name, which a pickle can take with it."""
+        return UPDATE_RULES[self.update_rule]
+
+    def stages(self, kind: type[Stage] = Stage) -> Iterator[Any]:
+        """Those that are there, or those of a kind."""
+        return (stage for each in STAGES if isinstance(stage := getattr(self, each.name), kind))
+
+    def _wanted_layers(self) -> Iterator[Projection]:
+        return (layer for stage in self.stages() for layer in stage.projections() if layer.wanted)
+
     def reset_parameters(self) -> None:
-        """As fairseq's attention; the write strength starts near 1/2, the kept share of a gated memory near 1."""
+        """The projections as fairseq's attention has them, and those of the stages as these say."""
         same = self.kdim == self.embed_dim and self.vdim == self.embed_dim
         for projection in (self.k_proj, self.v_proj, self.q_proj):
             nn.init.xavier_uniform_(projection.weight, gain=1 / math.sqrt(2) if same else 1.0)
         nn.init.xavier_uniform_(self.out_proj.weight)
         if self.out_proj.bias is not None:
             nn.init.zeros_(self.out_proj.bias)
-        if self.write_proj is not None:
-            nn.init.xavier_uniform_(self.write_proj.weight)
-            if self.write_proj.bias is not None:
-                nn.init.zeros_(self.write_proj.bias)
-        if self.decay_proj is not None:
-            # σ(4) = 0.98: a memory of some fifty tokens to start from.
-            nn.init.xavier_uniform_(self.decay_proj.weight)
-            nn.init.constant_(self.decay_proj.bias, 4.0)
+        for layer in self._wanted_layers():
+            layer.initialize(getattr(self, layer.name))
 
     def extra_repr(self) -> str:
         reading = "causal" if self.causal else "whole memory"
@@ -169,235 +160,55 @@ class FastWeightAttention(AttentionWithState):
         """
         if attn_mask is not None and not self.causal:
             raise ValueError("fast weights read the memory as a whole: an attn_mask needs softmax attention here")
-        if self.causal:
-            read = self._read_causal(query, key, value, key_padding_mask, incremental_state)
-        else:
-            read = self._read_whole(query, key, value, key_padding_mask, incremental_state)
-        if self.read_layer_norm is not None:
-            read = self.read_layer_norm(read)
+        read, tokens = self._attend(query, key, value, key_padding_mask, incremental_state)
+        for stage in self.stages(ReadOut):
+            read = stage(read, tokens)
         # (B, H, T, head_dim) -> (T, B, embed_dim)
         read = read.permute(2, 0, 1, 3).reshape(query.shape)
         return self.out_proj(self.dropout_module(read)), None
 
-    def _read_causal(
+    def _attend(
         self,
         query: Tensor,
         key: Optional[Tensor],
         value: Optional[Tensor],
         padding: Optional[Tensor],
         incremental_state: Optional[IncrementalState],
-    ) -> Tensor:
-        assert key is not None and value is not None
-        if incremental_state is not None and key.size(0) == 1 and self._decodes_natively(query):
-            return self._step_natively(query, key, value, padding, incremental_state)
-        q, k, v = self._split_heads(self.q_proj(query), self.k_proj(key), self.v_proj(value))
-        q, k = self.features(q, k)
-        gates = self._gates(key, padding)
-        memory, normalizer = _in_rows(self._kept(incremental_state, query.size(1)))
+    ) -> tuple[Tensor, Tokens]:
+        """What the queries read, (B, H, T, head_dim), and the tokens that they are of."""
+        state = self._kept(incremental_state, query.size(1)) if self.causal else AttentionState()
+        tokens = self._mix(self._project(query, key, value, padding), state)
+        gates = self.gates(tokens)
+        if not self.causal:
+            read, *_ = self.recurrence.whole(tokens.q, tokens.k, tokens.v, gates, self.features)
+            return read.to(query.dtype), tokens
+        decoding = incremental_state is not None
+        read = self.recurrence.causal(tokens.q, tokens.k, tokens.v, gates, self.features, state, decoding)
+        self._keep(incremental_state, state)
+        return read, tokens
 
-        before = k.size(2) - q.size(2)
-        if before > 0:
-            memory, normalizer = self._write(
-                k[:, :, :before], v[:, :, :before], _cut(gates, slice(0, before)), memory, normalizer
-            )
-            k, v, gates = k[:, :, before:], v[:, :, before:], _cut(gates, slice(before, None))
+    def _mix(self, tokens: Tokens, state: AttentionState) -> Tokens:
+        for stage in self.stages(Mixing):
+            tokens = stage(tokens, state)
+        return tokens
 
-        # In place, which is not for a memory that was carried here.
-        in_place = incremental_state is not None and q.size(2) == 1 and not torch.is_grad_enabled()
-        if in_place and memory is not None:
-            read = self._step(q[:, :, 0], k[:, :, 0], v[:, :, 0], _cut(gates, 0), memory, normalizer)[:, :, None]
-        elif self.attention_normalization:
-            read, memory, normalizer = normalized_scan(
-                q, k, v, gates, initial_state=memory, initial_normalizer=normalizer, backend=self.backend
-            )
-        else:
-            read, memory = fast_weight_scan(
-                q, k, v, *gates, initial_state=memory, backend=self.backend, max_norm=self.rule.max_norm
-            )
-        self._keep(incremental_state, {MEMORY: memory, _NORMALIZER: normalizer})
-        return read
-
-    def _decodes_natively(self, query: Tensor) -> bool:
-        """Whether one compiled operator can do all of this token's work on the memory."""
-        return (
-            query.size(0) == 1
-            and self.backend in ("auto", "native")
-            and self.rule.max_norm is None
-            and not self.training
-            and not torch.is_grad_enabled()
-            and native.unavailable is None
-            and not is_transformed()
-            and native.supports(query.device.type, self.features.size, state_dtype(query.dtype))
-        )
-
-    def _step_natively(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Optional[Tensor], incremental_state: IncrementalState
-    ) -> Tensor:
-        rows, heads = query.size(1), (query.size(1), self.num_heads, self.head_dim)
-        buffer = self._kept(incremental_state, rows)
-        memory, normalizer = buffer.get(MEMORY), buffer.get(_NORMALIZER)
-        if memory is None:
-            memory = query.new_zeros(*heads[:2], self.features.size, self.head_dim, dtype=state_dtype(query.dtype))
-            normalizer = memory.new_zeros(*memory.shape[:3], 1) if self.attention_normalization else None
-        q, k, v, *logits = self._project(query, key, value)
-        write_logit, decay_logit = (None if logit is None else logit[0] for logit in logits)
-        gates = self._gates_of(write_logit, decay_logit, None if padding is None else padding.bool())
-        gates = Gates(*(None if gate is None else gate.expand(rows, self.num_heads) for gate in gates))
-        read, places = native.step(
-            q.view(heads),
-            k.view(heads),
-            v.view(heads),
-            *gates,
-            memory,
-            normalizer,
-            buffer.get(_ORDER),
-            buffer.get(_PLACES),
-            self.features.address_features(),
-        )
-        self._set_input_buffer(incremental_state, {MEMORY: memory, _NORMALIZER: normalizer, _PLACES: places})
-        return read[:, :, None]
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Any]:
-        """Of (1, B, .): q, k, v and, where the rule has them, the write strength and the kept share."""
-        layers = [self.q_proj, self.k_proj, self.v_proj, self.write_proj, self.decay_proj]
-        if not (query is key is value):
-            return [None if f is None else f(x) for f, x in zip(layers, (query, key, value, key, key))]
-        outputs = iter(call_linears([layer for layer in layers if layer is not None], query))
-        return [None if layer is None else next(outputs) for layer in layers]
-
-    def _read_whole(
+    def _project(
         self,
-        query: Tensor,
+        query: Optional[Tensor],
         key: Optional[Tensor],
         value: Optional[Tensor],
-        padding: Optional[Tensor],
-        incremental_state: Optional[IncrementalState],
-    ) -> Tensor:
-        # Only cross-attention decodes incrementally; its memory is written once.
-        incremental_state = incremental_state if self.encoder_decoder_attention else None
-        buffer = self._get_input_buffer(incremental_state)
-        memory, normalizer = buffer.get(MEMORY), buffer.get(_NORMALIZER)
-        (q,) = self._split_heads(self.q_proj(query))
-        if memory is None:
-            assert key is not None and value is not None
-            if incremental_state is not None:
-                # The beams of a sentence have the same source.
-                beams = _beams(key.transpose(0, 1), value.transpose(0, 1), padding)
-                key, value = key[:, ::beams], value[:, ::beams]
-                padding = None if padding is None else padding[::beams]
-            k, v = self._split_heads(self.k_proj(key), self.v_proj(value))
-            q, k = self.features(q, k)
-            memory, normalizer = self._write(k, v, self._gates(key, padding))
-            self._set_input_buffer(incremental_state, _shared(memory, normalizer, rows=query.size(1)))
-        elif self._decodes_natively(query):
-            return native.read(q[:, :, 0], memory, normalizer, self.features.address_features())[:, :, None]
-        else:
-            (q,) = self.features(q)
-
-        # Beams read the memory that they share as if they were further time steps of one sentence.
-        beams, sentences = q.size(0), memory.size(0)
-        if beams != sentences:
-            q = q.unflatten(0, (sentences, -1)).transpose(1, 2).flatten(2, 3)
-        read = fast_weight_read(q, memory) if normalizer is None else normalized_read(q, memory, normalizer)
-        if beams != sentences:
-            read = read.unflatten(2, (beams // sentences, -1)).transpose(1, 2).flatten(0, 1)
-        return read.to(query.dtype)
-
-    def _write(
-        self, k: Tensor, v: Tensor, gates: Gates, memory: Optional[Tensor] = None, normalizer: Optional[Tensor] = None
-    ) -> tuple[Tensor, Optional[Tensor]]:
-        if self.attention_normalization:
-            return normalized_memory(
-                k, v, gates, initial_state=memory, initial_normalizer=normalizer, backend=self.backend
-            )
-        memory = fast_weight_memory(
-            k, v, *gates, initial_state=memory, backend=self.backend, max_norm=self.rule.max_norm
-        )
-        return memory, None
-
-    def _step(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, memory: Tensor, normalizer: Optional[Tensor]
-    ) -> Tensor:
-        if normalizer is not None:
-            return normalized_step(q, k, v, gates, memory, normalizer)
-        return fast_weight_step(q, k, v, *gates, memory, max_norm=self.rule.max_norm)
-
-    def _gates(self, key: Tensor, padding: Optional[Tensor]) -> Gates:
-        """Scalars of the update rule for (S, B, kdim) keys: (B, H, S), in the state's type."""
-        write_logit, decay_logit = (
-            None if projection is None else projection(key).permute(1, 2, 0)
-            for projection in (self.write_proj, self.decay_proj)
-        )
-        padding = None if padding is None else padding.bool()[:, None, :].expand(-1, self.num_heads, -1)
-        return self._gates_of(write_logit, decay_logit, padding)
-
-    def _gates_of(
-        self, write_logit: Optional[Tensor], decay_logit: Optional[Tensor], padding: Optional[Tensor]
-    ) -> Gates:
-        """Scalars of the update rule from what is projected, and where padding leaves the memory as it is."""
-        beta, alpha = (
-            None if logit is None else logit.to(state_dtype(logit.dtype)).sigmoid()
-            for logit in (write_logit, decay_logit)
-        )
-        return self.rule.gates(beta, alpha, padding)
-
-    def _split_heads(self, *projected: Tensor) -> tuple[Tensor, ...]:
-        """(T, B, embed_dim) -> (B, H, T, head_dim)."""
-        return tuple(x.unflatten(-1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3) for x in projected)
-
-    def reorder_incremental_state(
-        self, incremental_state: Optional[IncrementalState], new_order: Tensor
-    ) -> Optional[IncrementalState]:
-        """Let row i go on from what row ``new_order[i]`` has written so far."""
-        buffer = self._get_input_buffer(incremental_state)
-        memory, order, sources = buffer.get(MEMORY), buffer.get(_ORDER), buffer.get(_SOURCES)
-        if memory is None:
-            return incremental_state
-        if sources is not None:
-            # Beams change places within their sentence, which is no change here, and whole sentences leave the batch.
-            new_sources = sources.index_select(0, new_order)
-            if new_sources.equal(sources):
-                return incremental_state
-            where = new_sources[:: _beams(new_sources[:, None])]
-            normalizer = buffer.get(_NORMALIZER)
-            normalizer = None if normalizer is None else normalizer.index_select(0, where)
-            shared = _shared(memory.index_select(0, where), normalizer, rows=new_order.size(0))
-            return self._set_input_buffer(incremental_state, shared)
-        if order is not None:
-            new_order = order.index_select(0, new_order)
-        reordered = {**buffer, _ORDER: new_order}
-        # The next step finds the memories where they are; there are not places for more rows than before.
-        if new_order.size(0) > memory.size(0):
-            memory, normalizer = _in_rows(reordered)
-            reordered = {MEMORY: memory, _NORMALIZER: normalizer}
-        return self._set_input_buffer(incremental_state, reordered)
-
-
-def _beams(*tensors: Optional[Tensor]) -> int:
-    """The size of the largest groups of neighbours that are equal in all tensors and make up all of their rows."""
-    given = [x for x in tensors if x is not None]
-    equal = torch.stack([(x[1:] == x[:-1]).flatten(1).all(dim=1) for x in given]).all(dim=0)
-    borders = 1 + equal.logical_not().nonzero().flatten()
-    return math.gcd(given[0].size(0), *borders.tolist()) or 1
-
-
-def _shared(memory: Tensor, normalizer: Optional[Tensor], rows: int) -> dict[str, Optional[Tensor]]:
-    """What cross-attention keeps: memories of which each is read by as many of the ``rows`` of the batch."""
-    memories = torch.arange(memory.size(0), device=memory.device)
-    sources = memories.repeat_interleave(rows // max(1, memory.size(0)))
-    return {MEMORY: memory, _NORMALIZER: normalizer, _SOURCES: sources}
-
-
-def _cut(gates: Gates, where: "slice | int") -> Gates:
-    return Gates(*(None if gate is None else gate[:, :, where] for gate in gates))
-
-
-def _in_rows(buffer: Mapping[str, Optional[Tensor]]) -> tuple[Optional[Tensor], Optional[Tensor]]:
-    """Memory and normalizer of each row of the batch, from a buffer that says where they are."""
-    memory, normalizer, places, order = (buffer.get(name) for name in (MEMORY, _NORMALIZER, _PLACES, _ORDER))
-    if order is not None and places is not None:
-        order = places.index_select(0, order)
-    where = places if order is None else order
-    if memory is None or where is None:
-        return memory, normalizer
-    return memory.index_select(0, where), None if normalizer is None else normalizer.index_select(0, where)
+        padding: Optional[Tensor] = None,
+    ) -> Tokens:
+        """What the linear layers make of the inputs that are given; those of one input are computed together."""
+        inputs = {"query": query, "key": key, "value": value}
+        layers = [("q_proj", query), ("k_proj", key), ("v_proj", value)]
+        layers += [(layer.name, inputs[layer.of]) for layer in self._wanted_layers()]
+        outputs: dict[str, Tensor] = {}
+        for input in inputs.values():
+            names = [name for name, of in layers if of is input and name not in outputs]
+            if input is not None and names:
+                outputs.update(zip(names, call_linears([getattr(self, name) for name in names], input)))
+        # (T, B, num_heads * size) -> (B, H, T, size)
+        by_head = {name: x.unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0, 3) for name, x in outputs.items()}
+        q, k, v = (by_head.pop(name, None) for name in ("q_proj", "k_proj", "v_proj"))
+        return Tokens(q, k, v, by_head, padding)

@@ -1,24 +1,43 @@
 """The options of fast-weight attention, and which of their combinations make sense."""
 
 import logging
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import Any, Optional
 
 import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
-from fwp_fairseq.modules.key_features import FEATURE_MAPS, KEY_NORMALIZATIONS, check_feature_options
 from fwp_fairseq.modules.places import CROSS_ATTENTION, DECODER_SELF_ATTENTION, ENCODER_SELF_ATTENTION
-from fwp_fairseq.ops import BACKENDS, UPDATE_RULES, UpdateRule
+from fwp_fairseq.modules.stages import STAGES
+from fwp_fairseq.ops import BACKENDS, FEATURE_MAPS, KEY_NORMALIZATIONS, UPDATE_RULES, FeatureMap, Option, UpdateRule
 from fwp_fairseq.ops.fast_weights import choose_backend
 
 logger = logging.getLogger(__name__)
 
 
+def option_fields(options: Iterable[Option]) -> list[tuple[str, Any, Any]]:
+    """Fields for ``make_dataclass``, which fairseq makes flags of."""
+    return [
+        (
+            option.name,
+            ChoiceEnum(option.type) if isinstance(option.type, list) else option.type,
+            field(default=option.default, metadata={"help": option.help}),
+        )
+        for option in options
+    ]
+
+
+# What feature maps, update rules and stages say that there is to choose.
+_OWNERS: tuple[Any, ...] = (*FEATURE_MAPS.values(), *UPDATE_RULES.values(), *STAGES)
+_Choices = make_dataclass(
+    "_Choices", option_fields(option for owner in _OWNERS for option in owner.options), bases=(FairseqDataclass,)
+)
+
+
 @dataclass
-class FastWeightConfig(FairseqDataclass):
+class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
     """Options of every fast-weight attention in a model; each is a flag of the same name."""
 
     update_rule: ChoiceEnum(list(UPDATE_RULES)) = field(  # type: ignore[valid-type]
@@ -26,12 +45,6 @@ class FastWeightConfig(FairseqDataclass):
     )
     feature_map: ChoiceEnum(list(FEATURE_MAPS)) = field(  # type: ignore[valid-type]
         default="dpfp", metadata={"help": "feature map of keys and queries"}
-    )
-    dpfp_nu: int = field(
-        default=1, metadata={"help": "nu of DPFP, 1 to 2 * head size - 1: a memory has 2 * nu * head size rows"}
-    )
-    favor_features: int = field(
-        default=64, metadata={"help": "m of FAVOR+: random vectors per head, a memory has 2 * m rows"}
     )
     key_normalization: ChoiceEnum(list(KEY_NORMALIZATIONS)) = field(  # type: ignore[valid-type]
         default="sum", metadata={"help": "scale features of keys and queries to sum 1, to length 1, or not at all"}
@@ -48,12 +61,6 @@ class FastWeightConfig(FairseqDataclass):
     whole_memory_attention_normalization: bool = field(
         default=False, metadata={"help": "--attention-normalization in the encoder and in cross-attention only"}
     )
-    read_layer_norm: bool = field(
-        default=False, metadata={"help": "layer-normalise what each head reads; always on with the fwm rule"}
-    )
-    write_strength_bias: bool = field(
-        default=False, metadata={"help": "add a learned bias to the projection that gives the write strength"}
-    )
     no_attention_bias: bool = field(
         default=False, metadata={"help": "no biases in the projections of fast-weight attention"}
     )
@@ -66,19 +73,25 @@ class FastWeightConfig(FairseqDataclass):
     @classmethod
     def from_args(cls, args: Any) -> "FastWeightConfig":
         """The options as plain values, from an argparse namespace or a model configuration that may have more."""
-        values = {f.name: getattr(args, f.name) for f in fields(cls) if f.name != "_name" and hasattr(args, f.name)}
-        # Choices arrive as strings or as members of an enumeration.
-        plain: dict[str, Any] = {
-            name: value if value is None or isinstance(value, (bool, int)) else str(value)
-            for name, value in values.items()
-        }
-        return cls(**plain)
+        defaults = {option.name: option.default for option in fields(cls) if option.name != "_name"}
+        given = {name: getattr(args, name) for name in defaults if hasattr(args, name)}
+        return cls(**{name: _plain(value, defaults[name]) for name, value in given.items()})
 
     @property
     def rule(self) -> UpdateRule:
         """Raises ValueError for one that there is not."""
         _check_choice("--update-rule", self.update_rule, UPDATE_RULES)
         return UPDATE_RULES[str(self.update_rule)]
+
+    @property
+    def map(self) -> FeatureMap:
+        """Raises ValueError for one that there is not."""
+        _check_choice("--feature-map", self.feature_map, FEATURE_MAPS)
+        return FEATURE_MAPS[str(self.feature_map)]
+
+    def choices(self, options: Iterable[Option]) -> dict[str, Any]:
+        """The values of these options, by name."""
+        return {option.name: getattr(self, option.name) for option in options}
 
     def for_whole_memory(self) -> "FastWeightConfig":
         """The options of attention that reads the finished memory: encoder self-attention and cross-attention.
@@ -114,14 +127,11 @@ class FastWeightConfig(FairseqDataclass):
                     reasons[name] = f"--whole-memory-{flag} stands for it in all places with fast weights"
             if self.attention_normalization:
                 reasons["whole_memory_attention_normalization"] = "--attention-normalization says so already"
-        maps = {str(config.feature_map) for config in in_use}
-        for name, feature_map in (("dpfp_nu", "dpfp"), ("favor_features", "favor")):
-            if feature_map not in maps:
-                reasons[name] = f"it is for the feature map {feature_map}, not for {' and '.join(sorted(maps))}"
-        if not any(config.rule.strength for config in in_use):
-            reasons["write_strength_bias"] = f"the rule {in_use[0].rule.name} has no write strength"
-        if all(config.rule.max_norm is not None for config in in_use):
-            reasons["read_layer_norm"] = f"the rule {in_use[0].rule.name} has it always"
+        reasons.update(_of_others("feature map", FEATURE_MAPS, {config.map.name for config in in_use}))
+        reasons.update(_of_others("update rule", UPDATE_RULES, {config.rule.name for config in in_use}))
+        for stage in STAGES:
+            why = [stage.without_effect(config) for config in in_use]
+            reasons.update({name: why[0][name] for name in why[0] if all(name in each for each in why)})
         return reasons
 
     def warn_without_effect(self, places: Collection[str], defaults: Mapping[str, Any]) -> None:
@@ -144,21 +154,17 @@ class FastWeightConfig(FairseqDataclass):
             raise ValueError(
                 f"--{place}-attention-heads is {num_heads}, it must divide --{place}-embed-dim, which is {embed_dim}"
             )
-        check_feature_options(
-            str(self.feature_map),
-            self.dpfp_nu,
-            self.favor_features,
-            embed_dim // num_heads,
-            "head size",
-            f" in the {place}",
-        )
-        signed = self.feature_map == "tanh"
-        if signed and self.key_normalization == "sum":
+        for option in (*self.map.options, *self.rule.options):
+            option.check(getattr(self, option.name), embed_dim // num_heads, "head size", f" in the {place}")
+        if self.map.signed and self.key_normalization == "sum":
             raise ValueError(
-                "--key-normalization is sum, but --feature-map tanh has negative features: allowed are l2 and none"
+                f"--key-normalization is sum, but --feature-map {self.map.name} has negative features: allowed are l2 "
+                "and none"
             )
-        if signed and self.attention_normalization:
-            raise ValueError("--attention-normalization needs non-negative features: --feature-map tanh has not")
+        if self.map.signed and self.attention_normalization:
+            raise ValueError(
+                f"--attention-normalization needs non-negative features: --feature-map {self.map.name} has not"
+            )
         if self.rule.max_norm is not None and self.attention_normalization:
             raise ValueError(
                 f"--attention-normalization does not go with --update-rule {self.rule.name}: allowed are "
@@ -170,6 +176,11 @@ class FastWeightConfig(FairseqDataclass):
                 "--attention-normalization"
             )
         check_backend(str(self.fast_weight_backend), self.rule, self.cpu is True)
+        for stage in STAGES:
+            if stage.is_wanted(self):
+                for option in stage.options:
+                    option.check(getattr(self, option.name), embed_dim // num_heads, "head size", f" in the {place}")
+                stage.check(self)
         self._warn()
 
     def _warn(self) -> None:
@@ -205,3 +216,25 @@ def check_backend(backend: str, rule: UpdateRule, cpu: bool = False) -> None:
 def _check_choice(flag: str, value: object, allowed: Any) -> None:
     if str(value) not in allowed:
         raise ValueError(f"{flag} is {value}, allowed are {', '.join(allowed)}")
+
+
+def _of_others(what: str, owners: Mapping[str, Any], in_use: set[str]) -> dict[str, str]:
+    """Options that feature maps or update rules have and none of those in use has, and whose they are."""
+    have: dict[str, list[str]] = {}
+    for name, owner in owners.items():
+        for option in owner.options:
+            have.setdefault(option.name, []).append(name)
+    return {
+        option: f"it is for the {what} {' and '.join(names)}, not for {' and '.join(sorted(in_use))}"
+        for option, names in have.items()
+        if not in_use & set(names)
+    }
+
+
+def _plain(value: Any, default: Any) -> Any:
+    """An option as a value of the type that its default has; choices arrive as strings or members of an enumeration."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(default, (int, float)) and isinstance(value, (int, float)) and type(default)(value) == value:
+        return type(default)(value)
+    return str(value)

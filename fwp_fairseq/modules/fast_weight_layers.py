@@ -12,6 +12,7 @@ from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, Trans
 from torch import nn
 
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
+from fwp_fairseq.modules.fast_weight_cross_attention import FastWeightCrossAttention
 from fwp_fairseq.modules.places import CROSS_ATTENTION, DECODER_SELF_ATTENTION, ENCODER_SELF_ATTENTION
 
 
@@ -21,7 +22,7 @@ class FastWeightEncoderLayer(TransformerEncoderLayerBase):
     def build_self_attention(self, embed_dim: int, cfg: Any) -> nn.Module:
         if ENCODER_SELF_ATTENTION not in cfg.fast_weight_places:
             return super().build_self_attention(embed_dim, cfg)
-        return _build_attention(cfg, cfg.encoder, embed_dim)
+        return _build_attention(FastWeightAttention, cfg, cfg.encoder, embed_dim)
 
 
 class FastWeightDecoderLayer(TransformerDecoderLayerBase):
@@ -32,19 +33,13 @@ class FastWeightDecoderLayer(TransformerDecoderLayerBase):
     ) -> nn.Module:
         if DECODER_SELF_ATTENTION not in cfg.fast_weight_places:
             return super().build_self_attention(embed_dim, cfg, add_bias_kv, add_zero_attn)
-        return _build_attention(cfg, cfg.decoder, embed_dim, causal=True)
+        return _build_attention(FastWeightAttention, cfg, cfg.decoder, embed_dim, causal=True)
 
     def build_encoder_attention(self, embed_dim: int, cfg: Any) -> nn.Module:
         if CROSS_ATTENTION not in cfg.fast_weight_places:
             return super().build_encoder_attention(embed_dim, cfg)
-        return _build_attention(
-            cfg,
-            cfg.decoder,
-            embed_dim,
-            kdim=cfg.encoder.embed_dim,
-            vdim=cfg.encoder.embed_dim,
-            encoder_decoder_attention=True,
-        )
+        source = cfg.encoder.embed_dim
+        return _build_attention(FastWeightCrossAttention, cfg, cfg.decoder, embed_dim, kdim=source, vdim=source)
 
 
 def wrap_layer(layer: nn.Module, cfg: Any) -> nn.Module:
@@ -54,7 +49,9 @@ def wrap_layer(layer: nn.Module, cfg: Any) -> nn.Module:
     return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
 
 
-def _build_attention(cfg: Any, side: Any, embed_dim: int, causal: bool = False, **kwargs: Any) -> FastWeightAttention:
+def _build_attention(
+    kind: type[FastWeightAttention], cfg: Any, side: Any, embed_dim: int, causal: bool = False, **kwargs: Any
+) -> FastWeightAttention:
     if side.xformers_att_config is not None:
         raise ValueError(
             f"xformers_att_config is {side.xformers_att_config!r}, but fast-weight attention has no xFormers form: "
@@ -62,7 +59,7 @@ def _build_attention(cfg: Any, side: Any, embed_dim: int, causal: bool = False, 
         )
     config = cfg.fast_weights if causal else cfg.fast_weights.for_whole_memory()
     try:
-        return FastWeightAttention(
+        return kind(
             embed_dim,
             side.attention_heads,
             config,

@@ -15,7 +15,8 @@ import torch
 from fairseq.modules.fairseq_dropout import FairseqDropout
 from torch import Tensor, nn
 
-from fwp_fairseq.modules.carried_state import MEMORY, AttentionWithState
+from fwp_fairseq.modules.attention_state import MEMORY
+from fwp_fairseq.modules.carried_state import AttentionWithState
 
 
 class RelativeAttention(AttentionWithState):
@@ -81,9 +82,11 @@ class RelativeAttention(AttentionWithState):
         need_head_weights: bool = False,
     ) -> tuple[Tensor, None]:
         """query: (T, B, embed_dim), which is key and value, too. Returns ((T, B, embed_dim), None)."""
-        memory = self._kept(incremental_state, query.size(1)).get(MEMORY)
+        state = self._kept(incremental_state, query.size(1))
+        memory = state.get(MEMORY)
         context = query if memory is None else torch.cat([memory.to(query).transpose(0, 1), query])
-        self._keep(incremental_state, {MEMORY: self._last(context)})
+        state.put(**{MEMORY: self._last(context)})
+        self._keep(incremental_state, state)
 
         q, k, v = (self._split_heads(x) for x in (self.q_proj(query), self.k_proj(context), self.v_proj(context)))
         r = self._split_heads(self.position_proj(_sinusoids(context)))  # (1, H, S, head_dim)
@@ -105,12 +108,6 @@ class RelativeAttention(AttentionWithState):
     def _split_heads(self, x: Tensor) -> Tensor:
         """(T, B, embed_dim) -> (B, H, T, head_dim)."""
         return x.unflatten(-1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
-
-    def reorder_incremental_state(self, incremental_state: Any, new_order: Tensor) -> Any:
-        """Let row i go on from what row ``new_order[i]`` has read so far."""
-        buffer = self._get_input_buffer(incremental_state)
-        reordered = {name: x.index_select(0, new_order) for name, x in buffer.items() if x is not None}
-        return self._set_input_buffer(incremental_state, reordered) if reordered else incremental_state
 
 
 def _sinusoids(context: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
+from fwp_fairseq.modules.stages import ReadOut, Tokens
 from fwp_fairseq.onnx_export.graph import Graph
 from fwp_fairseq.onnx_export.recurrence import Recurrence
 from fwp_fairseq.ops.update_rules import Gates
@@ -73,8 +74,8 @@ class FastWeights:
 
     def put_out(self, read: Tensor) -> Tensor:
         """(B, T, H, D) -> (T, B, C)."""
-        if self.attention.read_layer_norm is not None:
-            read = self.attention.read_layer_norm(read)
+        for stage in self.attention.stages(ReadOut):
+            read = stage(read, Tokens())
         return self.attention.out_proj(read.flatten(2, 3).transpose(0, 1))
 
 

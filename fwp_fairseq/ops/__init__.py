@@ -9,6 +9,9 @@ from fwp_fairseq.ops.fast_weights import (
     fast_weight_step,
 )
 from fwp_fairseq.ops.feature_maps import (
+    FEATURE_MAPS,
+    KEY_NORMALIZATIONS,
+    FeatureMap,
     dpfp,
     draw_favor_projection,
     elu_plus_one,
@@ -17,12 +20,18 @@ from fwp_fairseq.ops.feature_maps import (
     l2_normalize,
     sum_normalize,
 )
-from fwp_fairseq.ops.update_rules import UPDATE_RULES, Gates, UpdateRule
+from fwp_fairseq.ops.options import Option
+from fwp_fairseq.ops.update_rules import UPDATE_RULES, Gates, Scalars, UpdateRule
 
 __all__ = [
     "BACKENDS",
+    "FEATURE_MAPS",
+    "KEY_NORMALIZATIONS",
     "UPDATE_RULES",
+    "FeatureMap",
     "Gates",
+    "Option",
+    "Scalars",
     "UpdateRule",
     "dpfp",
     "draw_favor_projection",

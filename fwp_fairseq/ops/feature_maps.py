@@ -1,17 +1,21 @@
 """Feature maps: what turns a key or a query into the vector that addresses the fast-weight memory.
 
-All maps act on the last dimension and give non-negative features. ``elu_plus_one`` is equation 30 of the paper, FAVOR+
-equations 31-32 (Choromanski et al., 2021), DPFP equation 37 and appendix C, sum normalisation equation 29. The paper
-is Schlag, Irie and Schmidhuber, "Linear Transformers Are Secretly Fast Weight Programmers", ICML 2021.
+All maps act on the last dimension. ``elu_plus_one`` is equation 30 of the paper, FAVOR+ equations 31-32 (Choromanski et
+al., 2021), DPFP equation 37 and appendix C, sum normalisation equation 29. The paper is Schlag, Irie and Schmidhuber,
+"Linear Transformers Are Secretly Fast Weight Programmers", ICML 2021. ``FEATURE_MAPS`` at the end has them all by the
+names that users choose them by.
 """
 
 import math
-from typing import Optional
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from fwp_fairseq.ops.numerics import smallest_divisor, state_dtype
+from fwp_fairseq.ops.options import Option
 from fwp_fairseq.ops.torch_modes import is_transformed, without_autocast
 
 # exp() of a larger exponent would leave float32's range once two features are multiplied and summed.
@@ -152,3 +156,88 @@ def l2_normalize(x: Tensor) -> Tensor:
     # largest feature is below the floor.
     y = y / y.detach().abs().amax(dim=-1, keepdim=True).clamp(min=smallest_divisor(y.dtype))
     return (y / y.square().sum(dim=-1, keepdim=True).clamp(min=1).sqrt()).to(x.dtype)
+
+
+KEY_NORMALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": sum_normalize,
+    "l2": l2_normalize,
+    "none": lambda features: features,
+}
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """A feature map by name, with all that the rest of the package has to know of it.
+
+    size: number of features, d_dot, for keys of d_key numbers; it is called with d_key and the values of ``options`` by
+    name, as ``draw`` is.
+    apply: (..., d_key) -> (..., d_dot), in float32 or float64; it is called with keys, and by name with the values of
+    ``options`` and, if there is ``draw``, the ``projection``.
+    signed: it has negative features, so that nothing can be divided by their sums.
+    options: what a user can choose of it.
+    draw: a random matrix, ``projection``, drawn anew for every call in training.
+    up_to_a_factor: the same as ``apply`` but for a positive factor for each key, where a normalisation takes that away.
+    Its features have the sum 1.
+    """
+
+    name: str
+    size: Callable[..., int]
+    apply: Callable[..., Tensor]
+    signed: bool = False
+    options: tuple[Option, ...] = ()
+    draw: Optional[Callable[..., Tensor]] = None
+    up_to_a_factor: Optional[Callable[..., Tensor]] = None
+
+    def features(self, x: Tensor, normalization: str, **choices: Any) -> Tensor:
+        """Normalised features, in float32 or float64: what addresses the memory. ``choices``: as ``apply`` has them."""
+        if self.up_to_a_factor is None or normalization == "none":
+            return KEY_NORMALIZATIONS[normalization](self.apply(x, **choices))
+        features = self.up_to_a_factor(x, **choices)
+        return features if normalization == "sum" else KEY_NORMALIZATIONS[normalization](features)
+
+
+def _why_no_nu(nu: int, d_key: int, size: str, place: str) -> Optional[str]:
+    largest = 2 * d_key - 1
+    return None if 1 <= nu <= largest else f"allowed is 1 to 2 * {size} - 1 = {largest}{place}"
+
+
+def _why_no_count(m: int, *_: Any) -> Optional[str]:
+    return None if m >= 1 else "it must be at least 1"
+
+
+FEATURE_MAPS = {
+    feature_map.name: feature_map
+    for feature_map in (
+        FeatureMap("elu", size=lambda d_key: d_key, apply=elu_plus_one),
+        FeatureMap(
+            "favor",
+            size=lambda d_key, favor_features: 2 * favor_features,
+            apply=lambda x, projection, favor_features: favor_plus(x, projection),
+            options=(
+                Option(
+                    "favor_features",
+                    64,
+                    "m of FAVOR+: random vectors per head, a memory has 2 * m rows",
+                    why_not=_why_no_count,
+                ),
+            ),
+            draw=lambda d_key, favor_features, **where: draw_favor_projection(d_key, favor_features, **where),
+            # Features of large keys are too small for any type, but not relative to each other.
+            up_to_a_factor=lambda x, projection, favor_features: favor_plus_normalized(x, projection),
+        ),
+        FeatureMap(
+            "dpfp",
+            size=lambda d_key, dpfp_nu: 2 * d_key * dpfp_nu,
+            apply=lambda x, dpfp_nu: dpfp(x, dpfp_nu),
+            options=(
+                Option(
+                    "dpfp_nu",
+                    1,
+                    "nu of DPFP, 1 to 2 * head size - 1: a memory has 2 * nu * head size rows",
+                    why_not=_why_no_nu,
+                ),
+            ),
+        ),
+        FeatureMap("tanh", size=lambda d_key: d_key, apply=torch.tanh, signed=True),
+    )
+}

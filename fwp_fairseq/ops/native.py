@@ -114,6 +114,13 @@ def scan(
     return (None if q is None else out), state
 
 
+def has_feature_map(name: str) -> bool:
+    """Whether ``step`` and ``read`` map keys and queries by it; "none" takes them mapped already."""
+    if name not in _known_maps:
+        _known_maps[name] = torch.ops.fwp_fairseq.has_feature_map(name)
+    return _known_maps[name]
+
+
 class AddressFeatures(NamedTuple):
     """What maps projected keys and queries to the vectors that address a memory."""
 
@@ -265,4 +272,5 @@ def _second_backward(ctx: Any, *grads: Tensor) -> None:
 
 # Why the compiled operators cannot be used, or None if they can.
 unavailable: Optional[str] = _load()
+_known_maps: dict[str, bool] = {}
 _noted = False

@@ -12,13 +12,19 @@
 | gated-delta | α     | β     | β     | Yang et al., 2025 |
 | fwm         | 1     | β     | β     | sec. 6.1.2 (Schlag et al., 2021): delta, then W / max(1, ‖W‖_F) |
 
-β is the write strength, α the share of the memory that is kept; both lie in (0, 1), one per token and head.
+β is the write strength, α the decay: the share of the memory that is kept. There is one of each per token and head, as
+far as a rule takes them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from functools import cached_property
+from typing import Any, NamedTuple, Optional, Union
 
+import torch
 from torch import Tensor
+
+from fwp_fairseq.ops.options import Option
 
 
 class Gates(NamedTuple):
@@ -29,42 +35,65 @@ class Gates(NamedTuple):
     decay: Optional[Tensor] = None
 
 
+class Scalars(NamedTuple):
+    """What a rule makes of a token. The decay may be one number for all tokens."""
+
+    write: Optional[Tensor] = None
+    erase: Optional[Tensor] = None
+    decay: Union[Tensor, float, None] = None
+
+
 @dataclass(frozen=True)
 class UpdateRule:
-    """What a rule takes from the token and does to the memory.
+    """A rule by name: what it takes from a token, and what it makes of that.
 
-    strength: it has a learned write strength β. erases: it removes β times the value that the key retrieves.
-    forgets: "complement" keeps 1 − β of the memory, "learned" keeps a learned share α. max_norm: bound on the
-    Frobenius norm of the memory after each write, which the compiled backends do not have.
+    takes: of "beta" and "alpha", what ``scalars`` is called with, by name, and with the values of ``options``.
+    max_norm: bound on the Frobenius norm of the memory after each write, which the compiled backends do not have.
+    options: what a user can choose of it. They have no defaults here, so that none can be forgotten.
     """
 
     name: str
-    strength: bool = True
-    erases: bool = False
-    forgets: Optional[str] = None
+    takes: tuple[str, ...]
+    scalars: Callable[..., Scalars]
     max_norm: Optional[float] = None
+    options: tuple[Option, ...] = ()
 
-    def gates(self, beta: Optional[Tensor], alpha: Optional[Tensor], padding: Optional[Tensor] = None) -> Gates:
-        """Scalars of the recurrence from β, α: (B, H, L), as far as the rule has them.
+    @cached_property
+    def erases(self) -> bool:
+        """Whether it removes something of the value that the key retrieves."""
+        values: dict[str, Any] = {option.name: option.default for option in self.options}
+        return self.scalars(**dict.fromkeys(self.takes, torch.tensor(0.5)), **values).erase is not None
 
-        ``padding``, broadcastable to (B, H, L), is True where the token must leave the memory as it is: nothing is
-        written, erased or forgotten there.
+    def gates(
+        self, beta: Optional[Tensor], alpha: Optional[Tensor], padding: Optional[Tensor] = None, **choices: Any
+    ) -> Gates:
+        """Scalars of the recurrence from β, α: (B, H, L), as far as the rule takes them, and values of its options.
+
+        ``padding``, (B, H, L) or of a shape that broadcasts to it, is True where the token must leave the memory as it
+        is: nothing is written, erased or forgotten there. A decay of one number is a tensor of no dimension.
         """
-        write = beta
-        decay = {None: None, "complement": None if beta is None else 1 - beta, "learned": alpha}[self.forgets]
-        if padding is not None:
-            write = (~padding).float() if write is None else write.masked_fill(padding, 0.0)
-            decay = None if decay is None else decay.masked_fill(padding, 1.0)
-        return Gates(write, write if self.erases else None, decay)
+        taken = {"beta": beta, "alpha": alpha}
+        write, erase, decay = self.scalars(**{name: taken[name] for name in self.takes}, **choices)
+        if isinstance(decay, float):
+            decay = torch.tensor(decay, dtype=torch.float64)
+        if padding is None:
+            return Gates(write, erase, decay)
+        # One tensor for both, where they are one.
+        same = erase is write
+        write = (~padding).float() if write is None else write.masked_fill(padding, 0.0)
+        erase = write if same and erase is not None else None if erase is None else erase.masked_fill(padding, 0.0)
+        if decay is not None:
+            decay = (decay if decay.dim() else decay.expand(padding.shape)).masked_fill(padding, 1.0)
+        return Gates(write, erase, decay)
 
 
 UPDATE_RULES = {
     rule.name: rule
     for rule in (
-        UpdateRule("sum", strength=False),
-        UpdateRule("delta", erases=True),
-        UpdateRule("gated", forgets="complement"),
-        UpdateRule("gated-delta", erases=True, forgets="learned"),
-        UpdateRule("fwm", erases=True, max_norm=1.0),
+        UpdateRule("sum", (), lambda: Scalars()),
+        UpdateRule("delta", ("beta",), lambda beta: Scalars(beta, beta)),
+        UpdateRule("gated", ("beta",), lambda beta: Scalars(beta, decay=1 - beta)),
+        UpdateRule("gated-delta", ("beta", "alpha"), lambda beta, alpha: Scalars(beta, beta, alpha)),
+        UpdateRule("fwm", ("beta",), lambda beta: Scalars(beta, beta), max_norm=1.0),
     )
 }

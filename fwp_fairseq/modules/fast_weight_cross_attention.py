@@ -1,0 +1,53 @@
+"""Attention of a decoder to a source, which is written into fast weights once and then only read."""
+
+from typing import Any, Optional
+
+from torch import Tensor
+
+from fwp_fairseq.modules.attention_state import MEMORY, NORMALIZER, AttentionState, beams_of
+from fwp_fairseq.modules.carried_state import IncrementalState
+from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
+from fwp_fairseq.modules.stages import Tokens
+
+
+class FastWeightCrossAttention(FastWeightAttention):
+    """FastWeightAttention that reads the memory of another sequence, the source.
+
+    In incremental decoding the source is written in the first step, once for all beams of a sentence, which share the
+    memory from then on; key and value are not looked at again.
+    """
+
+    encoder_decoder_attention = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.causal:
+            raise ValueError("cross-attention reads the whole memory: causal=True does not go with it")
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Optional[Tensor],
+        value: Optional[Tensor],
+        padding: Optional[Tensor],
+        incremental_state: Optional[IncrementalState],
+    ) -> tuple[Tensor, Tokens]:
+        decoding = incremental_state is not None
+        state = self._kept(incremental_state, query.size(1)) if decoding else AttentionState()
+        memory = state.shared(MEMORY)
+        asked = self._mix(self._project(query, None, None), state)
+        if memory is None:
+            assert key is not None and value is not None
+            if decoding:
+                beams = beams_of(key.transpose(0, 1), value.transpose(0, 1), padding)
+                key, value = (key[:, ::beams],) * 2 if key is value else (key[:, ::beams], value[:, ::beams])
+                padding = None if padding is None else padding[::beams]
+            source = self._mix(self._project(None, key, value, padding), AttentionState())
+            gates = self.gates(source)
+            read, memory, normalizer = self.recurrence.whole(asked.q, source.k, source.v, gates, self.features)
+            state.share(query.size(1), **{MEMORY: memory, NORMALIZER: normalizer})
+        else:
+            read = self.recurrence.read(asked.q, memory, state.shared(NORMALIZER), self.features)
+        if decoding:
+            self._keep(incremental_state, state)
+        return read.to(query.dtype), asked

@@ -1,0 +1,162 @@
+"""The recurrence of fast-weight attention: keys and queries are mapped, memories written and read.
+
+One compiled operator does all of that for a token of decoding, where it can; the operators of ``ops`` do otherwise.
+"""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from fwp_fairseq.modules.attention_state import MEMORY, NORMALIZER, AttentionState
+from fwp_fairseq.modules.key_features import KeyFeatures
+from fwp_fairseq.ops import (
+    Gates,
+    fast_weight_memory,
+    fast_weight_read,
+    fast_weight_scan,
+    fast_weight_step,
+    native,
+    normalized_memory,
+    normalized_read,
+    normalized_scan,
+    normalized_step,
+)
+from fwp_fairseq.ops.numerics import state_dtype
+from fwp_fairseq.ops.torch_modes import is_transformed
+
+Memory = tuple[Tensor, Optional[Tensor]]
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """How memories are written and read: by which backend, divided by the accumulated keys or not, bounded or not.
+
+    Queries (B, H, T, d_key) and keys (B, H, S, d_key) are as projected, values (B, H, S, Dv), gates (B, H, S). A memory
+    is (B, H, Dk, Dv) in the type of the state, beside its normalizer, (B, H, Dk, 1), with attention normalisation.
+    """
+
+    backend: str
+    normalized: bool
+    max_norm: Optional[float]
+
+    def causal(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates,
+        features: KeyFeatures,
+        state: AttentionState,
+        decoding: bool,
+    ) -> Tensor:
+        """Write every token and read right after it: (B, H, T, Dv). What there are more of keys is written before.
+
+        It goes on from the memories in ``state`` and leaves the new ones there; ``decoding``: they may be overwritten.
+        """
+        one_token = decoding and k.size(2) == q.size(2) == 1 and not torch.is_grad_enabled()
+        if one_token and self._is_compiled(q, features):
+            return self._compiled_step(q, k, v, gates, features, state)
+        q, k = features(q, k)
+        memory, normalizer = state.get(MEMORY), state.get(NORMALIZER)
+        before = k.size(2) - q.size(2)
+        if before > 0:
+            earlier = k[:, :, :before], v[:, :, :before], _cut(gates, slice(0, before))
+            memory, normalizer = self._write(*earlier, memory, normalizer)
+            k, v, gates = k[:, :, before:], v[:, :, before:], _cut(gates, slice(before, None))
+        if one_token and memory is not None:
+            read = self._step(q[:, :, 0], k[:, :, 0], v[:, :, 0], _cut(gates, 0), memory, normalizer)[:, :, None]
+        elif self.normalized:
+            read, memory, normalizer = normalized_scan(
+                q, k, v, gates, initial_state=memory, initial_normalizer=normalizer, backend=self.backend
+            )
+        else:
+            read, memory = fast_weight_scan(
+                q, k, v, *gates, initial_state=memory, backend=self.backend, max_norm=self.max_norm
+            )
+        state.put(**{MEMORY: memory, NORMALIZER: normalizer})
+        return read
+
+    def whole(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, features: KeyFeatures
+    ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+        """Write all tokens, then let every query read: (B', H, T, Dv), and the memory and the normalizer.
+
+        There may be more rows of queries than of what is written: neighbours then share a memory, each as many.
+        """
+        q, k = features(q, k)
+        memory, normalizer = self._write(k, v, gates)
+        return self._read(q, memory, normalizer), memory, normalizer
+
+    def read(self, q: Tensor, memory: Tensor, normalizer: Optional[Tensor], features: KeyFeatures) -> Tensor:
+        """What queries read from memories that were finished before, shared as in ``whole``."""
+        if q.size(2) == 1 and not torch.is_grad_enabled() and self._is_compiled(q, features):
+            (asked,), compiled = _as_compiled(features, q[:, :, 0])
+            return native.read(asked, memory, normalizer, compiled)[:, :, None]
+        (asked,) = features(q)
+        return self._read(asked, memory, normalizer)
+
+    def _is_compiled(self, q: Tensor, features: KeyFeatures) -> bool:
+        """Whether one compiled operator can do all of a token's work on the memory."""
+        return (
+            self.backend in ("auto", "native")
+            and self.max_norm is None
+            and not features.training
+            and native.unavailable is None
+            and not is_transformed()
+            and native.supports(q.device.type, features.size, state_dtype(q.dtype))
+        )
+
+    def _compiled_step(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, features: KeyFeatures, state: AttentionState
+    ) -> Tensor:
+        memory, normalizer = state.in_place(MEMORY), state.in_place(NORMALIZER)
+        if memory is None:
+            memory = q.new_zeros(*q.shape[:2], features.size, v.size(3), dtype=state_dtype(q.dtype))
+            normalizer = memory.new_zeros(*memory.shape[:3], 1) if self.normalized else None
+            state.put(**{MEMORY: memory, NORMALIZER: normalizer})
+        (q, k), compiled = _as_compiled(features, q[:, :, 0], k[:, :, 0])
+        tokens = q, k, v[:, :, 0], *_cut(gates, 0)
+        return state.step_in_places(
+            lambda order, places: native.step(*tokens, memory, normalizer, order, places, compiled)
+        )[:, :, None]
+
+    def _write(
+        self, k: Tensor, v: Tensor, gates: Gates, memory: Optional[Tensor] = None, normalizer: Optional[Tensor] = None
+    ) -> Memory:
+        if self.normalized:
+            return normalized_memory(
+                k, v, gates, initial_state=memory, initial_normalizer=normalizer, backend=self.backend
+            )
+        return fast_weight_memory(
+            k, v, *gates, initial_state=memory, backend=self.backend, max_norm=self.max_norm
+        ), None
+
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, memory: Tensor, normalizer: Optional[Tensor]
+    ) -> Tensor:
+        if normalizer is not None:
+            return normalized_step(q, k, v, gates, memory, normalizer)
+        return fast_weight_step(q, k, v, *gates, memory, max_norm=self.max_norm)
+
+    def _read(self, q: Tensor, memory: Tensor, normalizer: Optional[Tensor]) -> Tensor:
+        # Beams read the memory that they share as if they were further time steps of one sentence.
+        rows, memories = q.size(0), memory.size(0)
+        if rows != memories:
+            q = q.unflatten(0, (memories, -1)).transpose(1, 2).flatten(2, 3)
+        read = fast_weight_read(q, memory) if normalizer is None else normalized_read(q, memory, normalizer)
+        if rows != memories:
+            read = read.unflatten(2, (rows // memories, -1)).transpose(1, 2).flatten(0, 1)
+        return read
+
+
+def _as_compiled(features: KeyFeatures, *projected: Tensor) -> tuple[tuple[Tensor, ...], native.AddressFeatures]:
+    """Keys or queries for the compiled operators, and what these have to do: map them, or take them as mapped."""
+    if native.has_feature_map(features.feature_map):
+        return projected, features.address_features()
+    return features(*projected), native.AddressFeatures("none")
+
+
+def _cut(gates: Gates, where: "slice | int") -> Gates:
+    return Gates(*(None if gate is None else gate[:, :, where] for gate in gates))

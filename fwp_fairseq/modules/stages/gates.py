@@ -1,0 +1,73 @@
+"""Gates: the scalars of the recurrence, by the update rule, from linear layers of what is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Optional
+
+from torch import Tensor, nn
+
+from fwp_fairseq.modules.stages.stage import Projection, Sizes, Stage, Tokens
+from fwp_fairseq.ops import UPDATE_RULES, Gates, Option
+from fwp_fairseq.ops.numerics import state_dtype
+
+if TYPE_CHECKING:
+    from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
+
+
+class TokenGates(Stage):
+    """β = σ(w_β x) and α = σ(w_α x + b), one of each per token and head, where the rule takes them (eq. 21)."""
+
+    name = "gates"
+    options = (
+        Option(
+            "write_strength_bias",
+            False,
+            "add a learned bias to the projection that gives the write strength",
+            bool,
+        ),
+    )
+
+    def __init__(self, config: FastWeightConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        self.update_rule = config.rule.name
+        self.rule_options = config.choices(config.rule.options)
+        takes, bias = config.rule.takes, config.write_strength_bias
+        self._projections = (
+            Projection("write_proj", "key", 1, bias, _start_near_one_half, wanted="beta" in takes),
+            Projection("decay_proj", "key", 1, True, _start_near_one, wanted="alpha" in takes),
+        )
+
+    @classmethod
+    def without_effect(cls, config: FastWeightConfig) -> Mapping[str, str]:
+        if "beta" in config.rule.takes:
+            return {}
+        return {"write_strength_bias": f"the rule {config.rule.name} has no write strength"}
+
+    def projections(self) -> Sequence[Projection]:
+        return self._projections
+
+    def forward(self, tokens: Tokens) -> Gates:
+        """The gates of what is written, each (B, H, S) or None."""
+        beta, alpha = (_share(tokens.projected.get(name)) for name in ("write_proj", "decay_proj"))
+        shape = tokens.k.shape[:3]
+        padding = None if tokens.padding is None else tokens.padding.bool()[:, None, :].expand(shape)
+        gates = UPDATE_RULES[self.update_rule].gates(beta, alpha, padding, **self.rule_options)
+        return Gates(*(None if gate is None else gate.expand(shape) for gate in gates))
+
+
+def _share(logit: Optional[Tensor]) -> Optional[Tensor]:
+    """(B, H, S, 1) -> (B, H, S): between 0 and 1, in the type of the state."""
+    return None if logit is None else logit.squeeze(-1).to(state_dtype(logit.dtype)).sigmoid()
+
+
+def _start_near_one_half(layer: nn.Linear) -> None:
+    nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def _start_near_one(layer: nn.Linear) -> None:
+    """σ(4) = 0.98: a memory of some fifty tokens to start from."""
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.constant_(layer.bias, 4.0)
