@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from fairseq.modules import MultiheadAttention
-from test_attention import WIDTH, build, inputs
+from test_attention import WIDTH, build, build_cross, inputs
 from tiny_models import build_lm, tokens
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -27,7 +27,7 @@ every_reading = pytest.mark.parametrize("reading", ["causal", "whole", "cross"])
 def make(rule: str, reading: str, backend: str = "auto") -> FastWeightAttention:
     options: Any = {"update_rule": rule, "fast_weight_backend": backend, "favor_features": 5, **CONFIGS[rule]}
     config = FastWeightConfig(**options)
-    return build(config, causal=reading == "causal", encoder_decoder_attention=reading == "cross")
+    return build_cross(config) if reading == "cross" else build(config, causal=reading == "causal")
 
 
 @every_rule

@@ -9,6 +9,7 @@ import torch
 from conftest import needs_native
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from registered import NON_NEGATIVE_MAPS, UNBOUNDED_RULES, features_of, gates_of
 from test_attention import CONFIGS, buffer, build, inputs, name_of
 from test_models import generate, sharpened
 from tiny_models import PLACES, places, translation_batch
@@ -16,31 +17,46 @@ from torch import Tensor
 
 from fwp_fairseq.modules.few_rows_linear import use_few_rows_linear
 from fwp_fairseq.modules.key_features import KeyFeatures
-from fwp_fairseq.ops import UPDATE_RULES, Gates, fast_weight_step, native, normalized_read, normalized_step
+from fwp_fairseq.ops import (
+    FEATURE_MAPS,
+    KEY_NORMALIZATIONS,
+    UPDATE_RULES,
+    Gates,
+    fast_weight_step,
+    native,
+    normalized_read,
+    normalized_step,
+)
 
 pytestmark = needs_native
 
-RULES = [name for name, rule in UPDATE_RULES.items() if rule.max_norm is None]
+# As the attention has them: a map without compiled code is applied before the compiled step, and passed as none.
 MAPS = [
-    *itertools.product(("elu", "dpfp", "favor"), ("sum", "l2", "none")),
-    ("tanh", "l2"),
-    ("tanh", "none"),
+    (feature_map, normalization)
+    for feature_map, normalization in itertools.product(FEATURE_MAPS, KEY_NORMALIZATIONS)
+    if native.unavailable is None and native.has_feature_map(feature_map)
+    if feature_map in NON_NEGATIVE_MAPS or normalization != "sum"
 ]
 # With and without attention normalisation, which needs non-negative features.
-READINGS = [(*pair, normalized) for pair in MAPS for normalized in (False, True) if pair[0] != "tanh" or not normalized]
+READINGS = [
+    (*pair, normalized)
+    for pair in MAPS
+    for normalized in (False, True)
+    if pair[0] in NON_NEGATIVE_MAPS or not normalized
+]
 readings = pytest.mark.parametrize("feature_map, normalization, normalized", READINGS)
 
 
 def make_features(feature_map: str, normalization: str, d_key: int, nu: int = 3) -> KeyFeatures:
     torch.manual_seed(5)
-    return KeyFeatures(feature_map, normalization, d_key, nu=nu, m=5).eval().double()
+    return features_of(feature_map, normalization, d_key, dpfp_nu=nu, favor_features=5).eval().double()
 
 
 class Hypotheses:
     """Rows that decode by the compiled step, and beside them by plain tensors in float64."""
 
     def __init__(self, rule: str, features: KeyFeatures, rows: int, d_v: int, normalized: bool, dtype: torch.dtype):
-        self.rule, self.features, self.d_v = UPDATE_RULES[rule], features, d_v
+        self.rule, self.features, self.d_v = rule, features, d_v
         self.generator = torch.Generator().manual_seed(3)
         self.dtype = dtype
         self.exact = self.draw(rows, features.size, d_v, dtype=torch.float64)
@@ -58,13 +74,12 @@ class Hypotheses:
         """Read-outs of both."""
         rows = self.exact.size(0) if order is None else order.size(0)
         q, k, v = self.draw(rows, self.features.d_key), self.draw(rows, self.features.d_key), self.draw(rows, self.d_v)
-        logits = (self.draw(rows) if used else None for used in (self.rule.strength, self.rule.forgets == "learned"))
-        beta, alpha = (None if x is None else x.double().sigmoid() for x in logits)
+        beta, alpha = (self.draw(rows).double().sigmoid() for _ in range(2))
 
         if order is not None:
             self.exact = self.exact[order]
             self.exact_z = None if self.exact_z is None else self.exact_z[order]
-        gates = self.rule.gates(beta, alpha, None if padding is None else padding[:, None])
+        gates = gates_of(self.rule, beta, alpha, None if padding is None else padding[:, None].expand(rows, 2))
         gates = Gates(*(None if g is None else g.double().expand(rows, 2) for g in gates))
         address_q, address_k = self.features(q.double(), k.double())
         if self.exact_z is None:
@@ -88,7 +103,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     assert error <= tolerance * scale, f"error {error:.1e}, scale {scale:.1e}"
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", UNBOUNDED_RULES)
 @readings
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 def test_steps_in_any_order_equal_plain_steps_of_gathered_memories(
@@ -109,7 +124,7 @@ def test_steps_in_any_order_equal_plain_steps_of_gathered_memories(
     rows=st.integers(1, 6),
     d_key=st.integers(1, 9),
     d_v=st.integers(1, 70),
-    rule=st.sampled_from(RULES),
+    rule=st.sampled_from(UNBOUNDED_RULES),
     normalized=st.booleans(),
     draw=st.data(),
 )
@@ -128,7 +143,7 @@ def test_any_shape_and_any_orders(rows, d_key, d_v, rule, normalized, draw):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", UNBOUNDED_RULES)
 def test_half_precision_steps_keep_a_float32_memory(rule, dtype, tolerance):
     hypotheses = Hypotheses(rule, make_features("dpfp", "sum", 6), 3, 16, False, dtype)
     for order in (None, [2, 0, 0]):
@@ -212,8 +227,10 @@ def test_the_raw_operator_refuses_what_would_be_read_or_written_out_of_bounds(ch
 
 
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.rule.max_norm is None], ids=name_of)
-def test_attention_decodes_as_without_the_compiled_step(config):
+def test_attention_decodes_as_without_the_compiled_step(config, monkeypatch):
     """Also when hypotheses change places, twice before a step too, and when padded tokens come."""
+    step = unittest.mock.Mock(wraps=native.step)
+    monkeypatch.setattr(native, "step", step)
     attention = build(config, causal=True)
     plain = build(config, causal=True)
     plain.load_state_dict(attention.state_dict())
@@ -239,7 +256,7 @@ def test_attention_decodes_as_without_the_compiled_step(config):
             )
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert buffer(attention, states[0])["prev_key"].size(0) == 3  # it never grew
-    assert "places" in buffer(attention, states[0]) and "places" not in buffer(plain, states[1])
+    assert step.call_count == len(orders)
 
 
 def test_reordering_copies_nothing_and_the_memory_stays_in_place():
@@ -275,7 +292,7 @@ def test_more_hypotheses_than_before_get_memories_of_their_own():
 MODELS = [
     [f"--update-rule={rule}", f"--feature-map={feature_map}", f"--key-normalization={normalization}"]
     + ["--attention-normalization"] * normalized
-    for rule in RULES
+    for rule in UNBOUNDED_RULES
     for feature_map, normalization, normalized in READINGS
 ]
 

@@ -19,6 +19,7 @@ from fairseq.sequence_generator import SequenceGenerator
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf
+from registered import another_value
 from tiny_models import (
     PLACES,
     build_lm,
@@ -32,6 +33,8 @@ from tiny_models import (
 from torch import nn
 
 from fwp_fairseq.modules import FastWeightConfig
+from fwp_fairseq.modules.stages import STAGES
+from fwp_fairseq.ops import FEATURE_MAPS, UPDATE_RULES
 
 WORDS = dictionary(20)
 TRANSLATION = TranslationTask(TranslationConfig(), WORDS, WORDS)
@@ -311,16 +314,17 @@ BASES = {
 CHANGES = {
     "update_rule": ("gated-delta",),
     "feature_map": ("elu",),
-    "dpfp_nu": ("2",),
-    "favor_features": ("3",),
     "key_normalization": ("l2",),
     "attention_normalization": (),
     "whole_memory_update_rule": ("delta",),
     "whole_memory_feature_map": ("dpfp",),
     "whole_memory_attention_normalization": (),
-    "read_layer_norm": (),
-    "write_strength_bias": (),
     "no_attention_bias": (),
+    **{
+        option.name: () if option.type is bool else (str(another_value(option)),)
+        for owner in (*FEATURE_MAPS.values(), *UPDATE_RULES.values(), *STAGES)
+        for option in owner.options
+    },
 }
 
 

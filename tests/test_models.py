@@ -23,7 +23,7 @@ from tiny_models import (
     translation_batch,
 )
 
-from fwp_fairseq.modules import FastWeightAttention
+from fwp_fairseq.modules import FastWeightAttention, FastWeightConfig
 
 ALL = places("fast-weight")
 
@@ -187,7 +187,7 @@ def test_language_models_train_and_decode_as_in_the_parallel_pass(flags, rule):
         parallel, _ = model(text)
     steps, state = decode_step_by_step(model.decoder, text)
     torch.testing.assert_close(steps, parallel, rtol=1e-4, atol=1e-5)
-    (memory,) = (buffer["prev_key"] for buffer in state.values() if "prev_key" in buffer)
+    (memory,) = (attention._get_input_buffer(state)["prev_key"] for attention in model.decoder.self_attentions())
     assert memory.shape == (2, 2, 8, 4)  # B, H, 2 * head size (DPFP-1), head size: the text's length is nowhere
 
 
@@ -384,13 +384,13 @@ def test_every_option_is_known_to_argparse_and_to_hydra_with_help():
         "fwp_transformer": {"encoder_self_attention", "decoder_self_attention", "cross_attention"},
         "fwp_transformer_lm": {"decoder_self_attention"},
     }
-    common = "update_rule feature_map dpfp_nu favor_features key_normalization attention_normalization"
+    common = {*FastWeightConfig.__dataclass_fields__} - {"_name", "cpu"}
     for arch, special in names.items():
         parser = argparse.ArgumentParser()
         models.ARCH_MODEL_REGISTRY[arch].add_args(parser)
         flags = {action.dest: action for action in parser._actions}
         node = ConfigStore.instance().repo["model"][f"{arch}.yaml"].node
-        for name in {*common.split(), *special}:
+        for name in common | special:
             assert name in node
             assert flags[name].help and flags[name].option_strings == ["--" + name.replace("_", "-")]
 

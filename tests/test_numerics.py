@@ -7,11 +7,11 @@ import torch
 from conftest import needs_native
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from registered import features_of
 
 pytest.importorskip("fairseq")
 from campaigns.numerics import DTYPES, draw_case, run_case  # noqa: E402
 
-from fwp_fairseq.modules.key_features import KeyFeatures  # noqa: E402
 from fwp_fairseq.ops import Gates, l2_normalize, native, normalized_scan, normalized_step  # noqa: E402
 
 
@@ -35,7 +35,7 @@ def test_keys_whose_features_have_squares_below_the_floor_get_length_one() -> No
 @needs_native
 @pytest.mark.parametrize("feature_map, size", [("dpfp", 1e-6), ("favor", 30.0), ("elu", 1.0)])
 def test_the_compiled_step_normalises_to_length_one_as_the_module_does(feature_map: str, size: float) -> None:
-    module = KeyFeatures(feature_map, "l2", 8, m=5).eval()
+    module = features_of(feature_map, "l2", 8, favor_features=5).eval()
     torch.manual_seed(1)
     q, k = size * torch.randn(2, 3, 2, 8)
     expected_q, expected_k = module(q, k)
@@ -63,6 +63,6 @@ def test_float16_has_to_hold_means_but_not_the_sums_that_they_are_made_of() -> N
 @pytest.mark.parametrize("feature_map", ["dpfp", "elu"])
 @pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=list(DTYPES))
 def test_features_that_are_not_normalised_are_finite_in_every_type(feature_map: str, dtype: torch.dtype) -> None:
-    module = KeyFeatures(feature_map, "none", 4, nu=2)
+    module = features_of(feature_map, "none", 4, dpfp_nu=2)
     (features,) = module(torch.tensor([6e4, 6e4, -6e4, 6e4]).to(dtype))
     assert features.isfinite().all() and features.max() > 1e4

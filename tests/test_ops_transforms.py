@@ -1,26 +1,26 @@
 """The operators under torch's modes: autocast, activation checkpointing, torch.func, export; and on empty inputs."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Optional
 
 import pytest
 import torch
 from conftest import backends, needs_native
+from registered import defaults
 from test_ops_contract import Inputs, forms, make_inputs, results, rules
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fwp_fairseq.ops import (
+    FEATURE_MAPS,
     UPDATE_RULES,
     Gates,
-    dpfp,
-    elu_plus_one,
     fast_weight_memory,
     fast_weight_read,
     fast_weight_scan,
     fast_weight_step,
     favor_plus,
-    favor_plus_normalized,
     l2_normalize,
     native,
     normalized_memory,
@@ -33,15 +33,27 @@ from fwp_fairseq.ops.chunkwise import DEFAULT_CHUNK_SIZE
 
 SEVERAL_CHUNKS = DEFAULT_CHUNK_SIZE + 6
 PROJECTION = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": elu_plus_one,
-    "dpfp": dpfp,
-    "favor": lambda x: favor_plus(x, PROJECTION.to(x.dtype)),
-    "favor, normalised": lambda x: favor_plus_normalized(x, PROJECTION.to(x.dtype)),
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda x: sum_normalize(x.exp()),
     "l2": l2_normalize,
 }
-feature_maps = pytest.mark.parametrize("feature_map", FEATURE_MAPS.values(), ids=FEATURE_MAPS)
+
+
+def _register(name: str) -> None:
+    feature_map = FEATURE_MAPS[name]
+
+    def apply(x: Tensor, normalization: str = "none") -> Tensor:
+        drawn = {} if feature_map.draw is None else {"projection": PROJECTION.to(x.dtype)}
+        return feature_map.features(x, normalization, **defaults(feature_map), **drawn)
+
+    FUNCTIONS[name] = apply
+    if feature_map.up_to_a_factor is not None:
+        FUNCTIONS[f"{name}, normalised"] = partial(apply, normalization="sum")
+
+
+for _name in FEATURE_MAPS:
+    _register(_name)
+feature_maps = pytest.mark.parametrize("feature_map", FUNCTIONS.values(), ids=FUNCTIONS)
 kinds_of_checkpointing = pytest.mark.parametrize("use_reentrant", [False, True])
 
 

@@ -13,7 +13,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import CONFIGS, build, inputs
+from test_attention import CONFIGS, build, build_cross, inputs
 from tiny_models import (
     PLACES,
     build_lm,
@@ -237,7 +237,7 @@ def test_a_compiled_attention_carries_what_is_said_in_its_thread():
 )
 def test_rows_read_their_own_source_whoever_shares_it_and_wherever_they_move(groups, normalized, padded, draw):
     config = next(c for c in CONFIGS if c.attention_normalization == normalized)
-    cross = build(config, encoder_decoder_attention=True)
+    cross = build_cross(config)
     source = inputs(5, batch=3)
     rows = torch.tensor([sentence for sentence, count in groups for _ in range(count)])
     padding = torch.zeros(len(rows), 5, dtype=torch.bool)

@@ -178,7 +178,7 @@ def features_of_the_paper(model: AssociativeMemory, rule: str) -> Any:
 
     def dpfp(x: Tensor) -> Tensor:
         u = torch.cat([x, -x], dim=-1).relu()
-        return torch.cat([u * u.roll(j, -1) for j in range(1, features.nu + 1)], dim=-1)
+        return torch.cat([u * u.roll(j, -1) for j in range(1, features.choices["dpfp_nu"] + 1)], dim=-1)
 
     def favor(x: Tensor) -> Tensor:
         r = features.projection.to(x)
@@ -276,7 +276,7 @@ def test_keys_of_any_size_give_neither_nan_nor_infinite_gradients(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"feature_map": "tanh"}, ["--feature-map tanh", "--update-rule delta", "elu, favor and dpfp"]),
+        ({"feature_map": "tanh"}, ["--feature-map tanh", "--update-rule delta", "elu, favor, dpfp"]),
         ({"dpfp_nu": 128}, ["--dpfp-nu is 128", "127"]),
         ({"favor_redraw_in_evaluation": True}, ["--favor-redraw-in-evaluation", "dpfp"]),
         ({"feature_map": "favor", "favor_features": 0}, ["--favor-features is 0", "at least 1"]),

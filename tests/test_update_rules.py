@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import backends
+from registered import UNBOUNDED_RULES, gates_of
 
 from fwp_fairseq.ops import (
     UPDATE_RULES,
@@ -28,7 +29,7 @@ def test_rewriting_one_of_orthonormal_keys(rule, backend):
     values = torch.randn(1, 1, 4, 3, dtype=torch.float64)
     memory = keys.transpose(-1, -2) @ values
     new_value, beta = torch.randn(1, 1, 1, 3, dtype=torch.float64), torch.full((1, 1, 1), 0.7, dtype=torch.float64)
-    gates = UPDATE_RULES[rule].gates(beta if UPDATE_RULES[rule].strength else None, None)
+    gates = UPDATE_RULES[rule].gates(beta, None)
     after = keys @ fast_weight_memory(keys[:, :, 1:2], new_value, *gates, initial_state=memory, backend=backend)
     others = [0, 2, 3]
     kept, added = {"delta": (0.3, 0.7), "gated": (0.3, 0.7), "sum": (1.0, 1.0)}[rule]
@@ -54,20 +55,16 @@ def test_gates_of_each_rule_are_those_of_the_table():
         "gated-delta": (beta, beta, alpha),
         "fwm": (beta, beta, None),
     }
-    assert expected.keys() == UPDATE_RULES.keys()
     for name, gates in expected.items():
-        rule = UPDATE_RULES[name]
-        actual = rule.gates(beta if rule.strength else None, alpha if rule.forgets == "learned" else None)
-        for ours, theirs in zip(actual, gates):
+        for ours, theirs in zip(UPDATE_RULES[name].gates(beta, alpha), gates):
             assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs))
 
 
 @pytest.mark.parametrize("name", sorted(UPDATE_RULES))
 def test_padding_gates_leave_the_memory_alone(name):
-    rule = UPDATE_RULES[name]
     gate = torch.rand(1, 1, 3)
     padding = torch.tensor([[[True, False, True]]])
-    gates = rule.gates(gate if rule.strength else None, gate if rule.forgets == "learned" else None, padding)
+    gates = gates_of(name, gate, gate, padding)
     assert (gates.write[padding] == 0).all() and (gates.write[~padding] > 0).all()
     assert gates.erase is None or (gates.erase[padding] == 0).all()
     assert gates.decay is None or (gates.decay[padding] == 1).all()
@@ -92,14 +89,14 @@ def normalised_by_the_book(q, k, v, write, erase, decay, state, z):
 
 @backends()
 @pytest.mark.parametrize("started", [False, True])
-@pytest.mark.parametrize("name", ["sum", "delta", "gated", "gated-delta"])
+@pytest.mark.parametrize("name", UNBOUNDED_RULES)
 def test_attention_normalisation_is_equations_26_to_28(name, started, backend):
     torch.manual_seed(0)
-    rule, length = UPDATE_RULES[name], 70
+    length = 70
     q, k = torch.rand(2, 1, 1, length, 5, dtype=torch.float64) + 0.1
     v = torch.randn(1, 1, length, 3, dtype=torch.float64)
     beta, alpha = torch.rand(2, 1, 1, length, dtype=torch.float64) * 0.9 + 0.05
-    gates = rule.gates(beta if rule.strength else None, alpha if rule.forgets == "learned" else None)
+    gates = gates_of(name, beta, alpha)
     state = torch.rand(1, 1, 5, 3, dtype=torch.float64) * started
     z = torch.rand(1, 1, 5, 1, dtype=torch.float64) * started
     flat = [None if gate is None else gate[0, 0] for gate in gates]
@@ -136,12 +133,11 @@ def test_normalised_sum_rule_is_linear_attention(backend):
 @backends()
 @pytest.mark.parametrize("name", ["sum", "delta"])
 def test_normalised_reading_of_an_empty_memory_is_zero_with_finite_gradients(name, backend):
-    rule = UPDATE_RULES[name]
     q = torch.rand(1, 1, 5, 4, requires_grad=True)
     k = torch.zeros(1, 1, 5, 4, requires_grad=True)
     beta = torch.full((1, 1, 5), 0.5, requires_grad=True)
     v = torch.randn(1, 1, 5, 3)
-    out, _, _ = normalized_scan(q, k, v, rule.gates(beta if rule.strength else None, None), backend=backend)
+    out, _, _ = normalized_scan(q, k, v, UPDATE_RULES[name].gates(beta, None), backend=backend)
     assert torch.equal(out, torch.zeros_like(out))
     (out.sum() + 0 * beta.sum()).backward()
     assert all(torch.isfinite(x.grad).all() for x in (q, k, beta))
@@ -152,11 +148,11 @@ def test_padding_is_not_counted_by_the_normaliser(name):
     rule = UPDATE_RULES[name]
     q, k = torch.rand(2, 1, 1, 6, 4, dtype=torch.float64)
     v = torch.randn(1, 1, 6, 3, dtype=torch.float64)
-    beta = torch.rand(1, 1, 6, dtype=torch.float64) if rule.strength else None
+    beta = torch.rand(1, 1, 6, dtype=torch.float64)
     padding = torch.tensor([[[True, True, False, False, True, False]]])
     keep = ~padding[0, 0]
     out, state, z = normalized_scan(q, k, v, rule.gates(beta, None, padding))
-    short_gates = rule.gates(None if beta is None else beta[:, :, keep], None)
+    short_gates = rule.gates(beta[:, :, keep], None)
     expected, short_state, short_z = normalized_scan(q[:, :, keep], k[:, :, keep], v[:, :, keep], short_gates)
     torch.testing.assert_close(out[:, :, keep], expected)
     torch.testing.assert_close(state, short_state)

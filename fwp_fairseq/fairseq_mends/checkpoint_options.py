@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 from fwp_fairseq.fairseq_mends import safe_loading
 from fwp_fairseq.fairseq_mends.trainings import of_trainings
-from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
+from fwp_fairseq.modules.fast_weight_config import OWNERS_OF_CHOICES, FastWeightConfig
 from fwp_fairseq.modules.places import DECODER_SELF_ATTENTION, PLACES, places_with_fast_weights
 
 CHANGES = ("fairseq.checkpoint_utils.load_checkpoint", "fairseq.checkpoint_utils.load_checkpoint_to_cpu")
@@ -58,9 +58,10 @@ def fast_weight_flags(options: Mapping[str, Any]) -> dict[str, str]:
     config = FastWeightConfig.from_args(namespace)
     # These change how it is computed, not what.
     ignored = {"_name", "cpu", "fast_weight_backend", *config.without_effect(places)}
-    for option in fields(config):
-        if option.name not in ignored:
-            flags[option.name.replace("_", "-")] = str(getattr(config, option.name))
+    # Those of every model first: what a map or a rule has follows from these.
+    for name in sorted((option.name for option in fields(config)), key=lambda name: name in OWNERS_OF_CHOICES):
+        if name not in ignored:
+            flags[name.replace("_", "-")] = str(getattr(config, name))
     return flags
 
 

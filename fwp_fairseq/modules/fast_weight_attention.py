@@ -92,7 +92,6 @@ class FastWeightAttention(AttentionWithState):
             self.head_dim,
             **config.choices(FEATURE_MAPS[str(config.feature_map)].options),
         )
-        self.recurrence = Recurrence(self.backend, self.attention_normalization, self.rule.max_norm)
         # Under fairseq's name, which --retain-dropout-modules goes by.
         self.dropout_module = FairseqDropout(dropout, module_name="MultiheadAttention")
         self.reset_parameters()
@@ -101,6 +100,11 @@ class FastWeightAttention(AttentionWithState):
     def rule(self) -> UpdateRule:
         """By its name, which a pickle can take with it."""
         return UPDATE_RULES[self.update_rule]
+
+    @property
+    def recurrence(self) -> Recurrence:
+        """How memories are written and read."""
+        return Recurrence(self.backend, self.attention_normalization, self.rule.max_norm)
 
     def stages(self, kind: type[Stage] = Stage) -> Iterator[Any]:
         """Those that are there, or those of a kind."""
@@ -177,12 +181,12 @@ class FastWeightAttention(AttentionWithState):
     ) -> tuple[Tensor, Tokens]:
         """What the queries read, (B, H, T, head_dim), and the tokens that they are of."""
         state = self._kept(incremental_state, query.size(1)) if self.causal else AttentionState()
-        tokens = self._mix(self._project(query, key, value, padding), state)
+        decoding = self.causal and incremental_state is not None
+        tokens = self._mix(self._project(query, key, value, padding, decoding), state)
         gates = self.gates(tokens)
         if not self.causal:
             read, *_ = self.recurrence.whole(tokens.q, tokens.k, tokens.v, gates, self.features)
             return read.to(query.dtype), tokens
-        decoding = incremental_state is not None
         read = self.recurrence.causal(tokens.q, tokens.k, tokens.v, gates, self.features, state, decoding)
         self._keep(incremental_state, state)
         return read, tokens
@@ -198,8 +202,9 @@ class FastWeightAttention(AttentionWithState):
         key: Optional[Tensor],
         value: Optional[Tensor],
         padding: Optional[Tensor] = None,
+        decoding: bool = False,
     ) -> Tokens:
-        """What the linear layers make of the inputs that are given; those of one input are computed together."""
+        """What the linear layers make of the inputs that are given; in decoding those of one input at the same time."""
         inputs = {"query": query, "key": key, "value": value}
         layers = [("q_proj", query), ("k_proj", key), ("v_proj", value)]
         layers += [(layer.name, inputs[layer.of]) for layer in self._wanted_layers()]
@@ -207,7 +212,8 @@ class FastWeightAttention(AttentionWithState):
         for input in inputs.values():
             names = [name for name, of in layers if of is input and name not in outputs]
             if input is not None and names:
-                outputs.update(zip(names, call_linears([getattr(self, name) for name in names], input)))
+                chosen = [getattr(self, name) for name in names]
+                outputs.update(zip(names, call_linears(chosen, input) if decoding else (f(input) for f in chosen)))
         # (T, B, num_heads * size) -> (B, H, T, size)
         by_head = {name: x.unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0, 3) for name, x in outputs.items()}
         q, k, v = (by_head.pop(name, None) for name in ("q_proj", "k_proj", "v_proj"))

@@ -29,10 +29,18 @@ def option_fields(options: Iterable[Option]) -> list[tuple[str, Any, Any]]:
     ]
 
 
-# What feature maps, update rules and stages say that there is to choose.
-_OWNERS: tuple[Any, ...] = (*FEATURE_MAPS.values(), *UPDATE_RULES.values(), *STAGES)
+# What feature maps, update rules and stages say that there is to choose, and whose choice each is. Some may share one.
+OWNERS_OF_CHOICES: dict[str, list[Any]] = {}
+_owners: tuple[Any, ...] = (*FEATURE_MAPS.values(), *UPDATE_RULES.values(), *STAGES)
+for _owner in _owners:
+    for _option in _owner.options:
+        OWNERS_OF_CHOICES.setdefault(_option.name, []).append(_owner)
 _Choices = make_dataclass(
-    "_Choices", option_fields(option for owner in _OWNERS for option in owner.options), bases=(FairseqDataclass,)
+    "_Choices",
+    option_fields(
+        option for name, (owner, *_) in OWNERS_OF_CHOICES.items() for option in owner.options if option.name == name
+    ),
+    bases=(FairseqDataclass,),
 )
 
 
@@ -127,8 +135,8 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
                     reasons[name] = f"--whole-memory-{flag} stands for it in all places with fast weights"
             if self.attention_normalization:
                 reasons["whole_memory_attention_normalization"] = "--attention-normalization says so already"
-        reasons.update(_of_others("feature map", FEATURE_MAPS, {config.map.name for config in in_use}))
-        reasons.update(_of_others("update rule", UPDATE_RULES, {config.rule.name for config in in_use}))
+        reasons.update(_of_others("feature map", FEATURE_MAPS.values(), {config.map.name for config in in_use}))
+        reasons.update(_of_others("update rule", UPDATE_RULES.values(), {config.rule.name for config in in_use}))
         for stage in STAGES:
             why = [stage.without_effect(config) for config in in_use]
             reasons.update({name: why[0][name] for name in why[0] if all(name in each for each in why)})
@@ -218,17 +226,14 @@ def _check_choice(flag: str, value: object, allowed: Any) -> None:
         raise ValueError(f"{flag} is {value}, allowed are {', '.join(allowed)}")
 
 
-def _of_others(what: str, owners: Mapping[str, Any], in_use: set[str]) -> dict[str, str]:
+def _of_others(what: str, owners: Collection[Any], in_use: set[str]) -> dict[str, str]:
     """Options that feature maps or update rules have and none of those in use has, and whose they are."""
-    have: dict[str, list[str]] = {}
-    for name, owner in owners.items():
-        for option in owner.options:
-            have.setdefault(option.name, []).append(name)
-    return {
-        option: f"it is for the {what} {' and '.join(names)}, not for {' and '.join(sorted(in_use))}"
-        for option, names in have.items()
-        if not in_use & set(names)
-    }
+    reasons = {}
+    for option, having in OWNERS_OF_CHOICES.items():
+        names = [owner.name for owner in having if owner in owners]
+        if names and not in_use & set(names):
+            reasons[option] = f"it is for the {what} {' and '.join(names)}, not for {' and '.join(sorted(in_use))}"
+    return reasons
 
 
 def _plain(value: Any, default: Any) -> Any:

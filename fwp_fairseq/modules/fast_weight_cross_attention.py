@@ -35,7 +35,7 @@ class FastWeightCrossAttention(FastWeightAttention):
         decoding = incremental_state is not None
         state = self._kept(incremental_state, query.size(1)) if decoding else AttentionState()
         memory = state.shared(MEMORY)
-        asked = self._mix(self._project(query, None, None), state)
+        asked = self._mix(self._project(query, None, None, decoding=decoding), state)
         if memory is None:
             assert key is not None and value is not None
             if decoding:

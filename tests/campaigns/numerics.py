@@ -34,11 +34,14 @@ from typing import Any, Optional
 
 import torch
 from campaigns.training import add_records, read_records
+from registered import defaults, features_of
 from torch import Tensor
 
 from fwp_fairseq.modules import FastWeightAttention, FastWeightConfig
-from fwp_fairseq.modules.key_features import FEATURE_MAPS, KEY_NORMALIZATIONS, KeyFeatures
+from fwp_fairseq.modules.key_features import KeyFeatures
 from fwp_fairseq.ops import (
+    FEATURE_MAPS,
+    KEY_NORMALIZATIONS,
     UPDATE_RULES,
     Gates,
     fast_weight_memory,
@@ -182,14 +185,15 @@ def _run_operators(case: Case, outcome: dict[str, Any]) -> None:
     queries = (case.size_q * torch.randn(*shape, case.d_key)).to(dtype)
     keys = _patterned_keys(case, (*shape, case.d_key)).to(dtype)
     values = (case.size_v * torch.randn(*shape, case.d_value)).to(dtype)
-    beta = _gate(case.beta, shape, dtype) if rule.strength else None
-    alpha = _gate(case.alpha, shape, dtype) if rule.forgets == "learned" else None
+    beta = _gate(case.beta, shape, dtype) if "beta" in rule.takes else None
+    alpha = _gate(case.alpha, shape, dtype) if "alpha" in rule.takes else None
     with_gradients = case.length <= 400 and case.backend != "step"
     leaves = [x.requires_grad_(with_gradients) for x in (queries, keys, values, beta, alpha) if x is not None]
 
-    module = KeyFeatures(case.feature_map, case.normalization, case.d_key, nu=case.nu, m=case.m).eval()
+    options = {"dpfp_nu": case.nu, "favor_features": case.m}
+    module = features_of(case.feature_map, case.normalization, case.d_key, **options).eval()
     q, k = module(queries, keys)
-    gates = rule.gates(beta, alpha)
+    gates = rule.gates(beta, alpha, **defaults(rule))
     out, state = _backend(case, q, k, values, gates)
     if not state.isfinite().all():
         wrong.append("the memory is not finite")

@@ -8,11 +8,11 @@ from typing import Any, Optional
 
 import torch
 from emulator import Kernels, LaunchError
+from registered import features_of
 from test_decoding import Hypotheses, test_rows_read_the_memory_they_share
 from test_ops_contract import make_inputs
 from torch import Tensor
 
-from fwp_fairseq.modules.key_features import KeyFeatures
 from fwp_fairseq.ops import native, token_loop
 from fwp_fairseq.ops.numerics import state_dtype
 
@@ -88,7 +88,11 @@ def decoding_error(
 ) -> float:
     """The largest error of steps of the rows that ``orders`` leaves, in read-outs and memories."""
     # As many features as two warps have threads, and a bit more.
-    features = KeyFeatures(feature_map, normalization, 70 if feature_map == "elu" else 18, nu=2, m=35).eval().double()
+    features = (
+        features_of(feature_map, normalization, 70 if feature_map == "elu" else 18, dpfp_nu=2, favor_features=35)
+        .eval()
+        .double()
+    )
     hypotheses = Hypotheses(rule, features, rows, 37 if rows < 100 else 2, normalized, torch.float32)
     worst = 0.0
     plain, native.step = native.step, kernels.step
