@@ -1,7 +1,7 @@
 """Multi-head attention whose memory is a fast-weight matrix, behind the interface of fairseq's MultiheadAttention."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
 import torch
@@ -80,6 +80,7 @@ class FastWeightAttention(AttentionWithState):
         self.v_proj = linear(self.vdim, embed_dim, bias)
         self.q_proj = linear(embed_dim, embed_dim, bias)
         self.out_proj = linear(embed_dim, embed_dim, bias)
+        self._stages = [kind.name for kind in STAGES if kind.is_wanted(config)]
         for kind in STAGES:
             stage = kind(config, Sizes(num_heads, self.head_dim, causal)) if kind.is_wanted(config) else None
             self.add_module(kind.name, stage)
@@ -92,6 +93,9 @@ class FastWeightAttention(AttentionWithState):
             self.head_dim,
             **config.choices(FEATURE_MAPS[str(config.feature_map)].options),
         )
+        # Linear layers by name, and the inputs that they are of.
+        self._layers = [("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")]
+        self._layers += [(layer.name, layer.of) for layer in self._wanted_layers()]
         # Under fairseq's name, which --retain-dropout-modules goes by.
         self.dropout_module = FairseqDropout(dropout, module_name="MultiheadAttention")
         self.reset_parameters()
@@ -106,9 +110,9 @@ class FastWeightAttention(AttentionWithState):
         """How memories are written and read."""
         return Recurrence(self.backend, self.attention_normalization, self.rule.max_norm)
 
-    def stages(self, kind: type[Stage] = Stage) -> Iterator[Any]:
+    def stages(self, kind: type[Stage] = Stage) -> list[Any]:
         """Those that are there, or those of a kind."""
-        return (stage for each in STAGES if isinstance(stage := getattr(self, each.name), kind))
+        return [stage for name in self._stages if isinstance(stage := self._modules[name], kind)]
 
     def _wanted_layers(self) -> Iterator[Projection]:
         return (layer for stage in self.stages() for layer in stage.projections() if layer.wanted)
@@ -204,17 +208,20 @@ class FastWeightAttention(AttentionWithState):
         padding: Optional[Tensor] = None,
         decoding: bool = False,
     ) -> Tokens:
-        """What the linear layers make of the inputs that are given; in decoding those of one input at the same time."""
+        """What the linear layers make of the inputs that are given: in decoding, all of them at the same time."""
         inputs = {"query": query, "key": key, "value": value}
-        layers = [("q_proj", query), ("k_proj", key), ("v_proj", value)]
-        layers += [(layer.name, inputs[layer.of]) for layer in self._wanted_layers()]
-        outputs: dict[str, Tensor] = {}
-        for input in inputs.values():
-            names = [name for name, of in layers if of is input and name not in outputs]
-            if input is not None and names:
-                chosen = [getattr(self, name) for name in names]
-                outputs.update(zip(names, call_linears(chosen, input) if decoding else (f(input) for f in chosen)))
-        # (T, B, num_heads * size) -> (B, H, T, size)
-        by_head = {name: x.unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0, 3) for name, x in outputs.items()}
-        q, k, v = (by_head.pop(name, None) for name in ("q_proj", "k_proj", "v_proj"))
-        return Tokens(q, k, v, by_head, padding)
+        layers: list[Any] = [self._modules[name] for name, _ in self._layers]
+        outputs: Sequence[Optional[Tensor]]
+        if decoding and query is not None and query is key is value:
+            outputs = call_linears(layers, query)
+        else:
+            outputs = [None if inputs[of] is None else f(inputs[of]) for f, (_, of) in zip(layers, self._layers)]
+        q, k, v, *wanted = (None if x is None else self._split_heads(x) for x in outputs)
+        return Tokens(q, k, v, {name: x for (name, _), x in zip(self._layers[3:], wanted) if x is not None}, padding)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """(T, B, num_heads * size) -> (B, H, T, size)."""
+        length, rows, _ = x.shape
+        if length == 1:
+            return x.reshape(rows, self.num_heads, 1, -1)
+        return x.reshape(length, rows, self.num_heads, -1).permute(1, 2, 0, 3)

@@ -3,8 +3,7 @@
 One compiled operator does all of that for a token of decoding, where it can; the operators of ``ops`` do otherwise.
 """
 
-from dataclasses import dataclass
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -29,8 +28,7 @@ from fwp_fairseq.ops.torch_modes import is_transformed
 Memory = tuple[Tensor, Optional[Tensor]]
 
 
-@dataclass(frozen=True)
-class Recurrence:
+class Recurrence(NamedTuple):
     """How memories are written and read: by which backend, divided by the accumulated keys or not, bounded or not.
 
     Queries (B, H, T, d_key) and keys (B, H, S, d_key) are as projected, values (B, H, S, Dv), gates (B, H, S). A memory
@@ -92,8 +90,8 @@ class Recurrence:
     def read(self, q: Tensor, memory: Tensor, normalizer: Optional[Tensor], features: KeyFeatures) -> Tensor:
         """What queries read from memories that were finished before, shared as in ``whole``."""
         if q.size(2) == 1 and not torch.is_grad_enabled() and self._is_compiled(q, features):
-            (asked,), compiled = _as_compiled(features, q[:, :, 0])
-            return native.read(asked, memory, normalizer, compiled)[:, :, None]
+            (asked,), compiled = _as_compiled(features, q.squeeze(2))
+            return native.read(asked, memory, normalizer, compiled).unsqueeze(2)
         (asked,) = features(q)
         return self._read(asked, memory, normalizer)
 
@@ -116,11 +114,11 @@ class Recurrence:
             memory = q.new_zeros(*q.shape[:2], features.size, v.size(3), dtype=state_dtype(q.dtype))
             normalizer = memory.new_zeros(*memory.shape[:3], 1) if self.normalized else None
             state.put(**{MEMORY: memory, NORMALIZER: normalizer})
-        (q, k), compiled = _as_compiled(features, q[:, :, 0], k[:, :, 0])
-        tokens = q, k, v[:, :, 0], *_cut(gates, 0)
+        (q, k), compiled = _as_compiled(features, q.squeeze(2), k.squeeze(2))
+        v, (write, erase, decay) = v.squeeze(2), (None if gate is None else gate.squeeze(2) for gate in gates)
         return state.step_in_places(
-            lambda order, places: native.step(*tokens, memory, normalizer, order, places, compiled)
-        )[:, :, None]
+            lambda order, places: native.step(q, k, v, write, erase, decay, memory, normalizer, order, places, compiled)
+        ).unsqueeze(2)
 
     def _write(
         self, k: Tensor, v: Tensor, gates: Gates, memory: Optional[Tensor] = None, normalizer: Optional[Tensor] = None

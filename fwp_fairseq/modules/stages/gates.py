@@ -49,11 +49,12 @@ class TokenGates(Stage):
 
     def forward(self, tokens: Tokens) -> Gates:
         """The gates of what is written, each (B, H, S) or None."""
-        beta, alpha = (_share(tokens.projected.get(name)) for name in ("write_proj", "decay_proj"))
+        projected = tokens.projected
+        beta, alpha = _share(projected.get("write_proj")), _share(projected.get("decay_proj"))
         shape = tokens.k.shape[:3]
         padding = None if tokens.padding is None else tokens.padding.bool()[:, None, :].expand(shape)
         gates = UPDATE_RULES[self.update_rule].gates(beta, alpha, padding, **self.rule_options)
-        return Gates(*(None if gate is None else gate.expand(shape) for gate in gates))
+        return Gates(*(gate if gate is None or gate.shape == shape else gate.expand(shape) for gate in gates))
 
 
 def _share(logit: Optional[Tensor]) -> Optional[Tensor]:
