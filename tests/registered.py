@@ -22,7 +22,8 @@ def another_value(option: Option) -> Any:
         return next(value for value in option.type if value != option.default)
     if option.type is bool:
         return not option.default
-    found = next(value for value in (option.default + 1, option.default / 2) if not option.why_not(value, 4, "", ""))
+    values = (option.default + step for step in (1, 3, -0.5))
+    found = next(value for value in values if not option.why_not(value, 4, "", ""))
     return option.type(found)
 
 

@@ -4,10 +4,12 @@ import itertools
 
 import pytest
 import torch
-from registered import UNBOUNDED_RULES
+from registered import UNBOUNDED_RULES, another_value
 
 from fwp_fairseq.modules import FastWeightAttention, FastWeightConfig, FastWeightCrossAttention
 from fwp_fairseq.modules.key_features import KeyFeatures
+from fwp_fairseq.modules.places import PLACES
+from fwp_fairseq.modules.stages import STAGES
 from fwp_fairseq.ops import (
     FEATURE_MAPS,
     KEY_NORMALIZATIONS,
@@ -45,11 +47,21 @@ CONFIGS = [
         )
     )
 ]
+# Each option of the stages with each rule, and all of them together.
+_EACH = [{option.name: another_value(option)} for stage in STAGES for option in stage.options]
+_ALL = {name: value for option in _EACH for name, value in option.items()}
+CONFIGS += [
+    config
+    for rule, options in itertools.product(UPDATE_RULES, [*_EACH, _ALL])
+    if allowed(config := FastWeightConfig(update_rule=rule, **options))
+    and not {*options} & {*config.without_effect(PLACES)}
+]
 
 
 def name_of(config: FastWeightConfig) -> str:
-    end = "-an" if config.attention_normalization else ""
-    return f"{config.update_rule}-{config.feature_map}-{config.key_normalization}{end}"
+    more = ["an"] if config.attention_normalization else []
+    more += [f"{name}={value}" for name, other in _ALL.items() if (value := getattr(config, name)) == other]
+    return "-".join([config.update_rule, config.feature_map, config.key_normalization, *more])
 
 
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
@@ -78,6 +90,7 @@ def test_the_combinations_have_everything_that_is_registered():
     assert {config.key_normalization for config in CONFIGS} == {*KEY_NORMALIZATIONS}
     normalized = {config.update_rule for config in CONFIGS if config.attention_normalization}
     assert normalized == {*UNBOUNDED_RULES}
+    assert all(any(getattr(config, name) == value for config in CONFIGS) for name, value in _ALL.items())
 
 
 @every_config
@@ -96,7 +109,7 @@ def test_token_by_token_equals_parallel_and_the_state_never_grows(config):
     rows = attention.features.size
     memory = ("prev_key", (3, HEADS, rows, WIDTH // HEADS))
     normalizer = [("normalizer", (3, HEADS, rows, 1))] if config.attention_normalization else []
-    assert sizes == {(memory, *normalizer)}
+    assert len(sizes) == 1 and {memory, *normalizer} <= {*sizes.pop()}
 
 
 @every_config

@@ -267,10 +267,9 @@ def test_layers_as_they_are_decode_by_the_operators_for_few_rows(translation, mo
         monkeypatch.setattr(native, "few_rows_linears", several)
         monkeypatch.setattr(nn.functional, "linear", plain)
         model.decoder(tokens(model, 3, 2), encoder_out, state)
-    # The output, the feed-forward network, the vocabulary, the output of cross-attention; queries apart: all that is
-    # projected of one input.
-    assert one.call_count == (5 if translation else 4)
-    assert several.call_count == (2 if translation else 1) and plain.call_count == 0
+    # The output, the feed-forward network, the vocabulary; query and output of cross-attention; projections.
+    assert one.call_count == (6 if translation else 4)
+    assert several.call_count == 1 and plain.call_count == 0
 
 
 # --- Copies ----------------------------------------------------------------------------------------------------------

@@ -81,8 +81,9 @@ class FastWeightAttention(AttentionWithState):
         self.q_proj = linear(embed_dim, embed_dim, bias)
         self.out_proj = linear(embed_dim, embed_dim, bias)
         self._stages = [kind.name for kind in STAGES if kind.is_wanted(config)]
+        sizes = Sizes(num_heads, self.head_dim, causal, self.encoder_decoder_attention)
         for kind in STAGES:
-            stage = kind(config, Sizes(num_heads, self.head_dim, causal)) if kind.is_wanted(config) else None
+            stage = kind(config, sizes) if kind.is_wanted(config) else None
             self.add_module(kind.name, stage)
             for layer in () if stage is None else stage.projections():
                 inputs, outputs = embed_dim if layer.of == "query" else self.kdim, num_heads * layer.per_head
@@ -112,7 +113,7 @@ class FastWeightAttention(AttentionWithState):
 
     def stages(self, kind: type[Stage] = Stage) -> list[Any]:
         """Those that are there, or those of a kind."""
-        return [stage for name in self._stages if isinstance(stage := self._modules[name], kind)]
+        return [stage for name in self._stages if isinstance(stage := getattr(self, name), kind)]
 
     def _wanted_layers(self) -> Iterator[Projection]:
         return (layer for stage in self.stages() for layer in stage.projections() if layer.wanted)
@@ -210,7 +211,7 @@ class FastWeightAttention(AttentionWithState):
     ) -> Tokens:
         """What the linear layers make of the inputs that are given: in decoding, all of them at the same time."""
         inputs = {"query": query, "key": key, "value": value}
-        layers: list[Any] = [self._modules[name] for name, _ in self._layers]
+        layers: list[Any] = [self._modules.get(name) or getattr(self, name) for name, _ in self._layers]
         outputs: Sequence[Optional[Tensor]]
         if decoding and query is not None and query is key is value:
             outputs = call_linears(layers, query)
@@ -221,7 +222,7 @@ class FastWeightAttention(AttentionWithState):
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """(T, B, num_heads * size) -> (B, H, T, size)."""
-        length, rows, _ = x.shape
+        length, rows, width = x.shape
         if length == 1:
-            return x.reshape(rows, self.num_heads, 1, -1)
-        return x.reshape(length, rows, self.num_heads, -1).permute(1, 2, 0, 3)
+            return x.reshape(rows, self.num_heads, 1, width // self.num_heads)
+        return x.reshape(length, rows, self.num_heads, width // self.num_heads).permute(1, 2, 0, 3)

@@ -13,6 +13,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fwp_fairseq.ops.numerics import smallest_divisor, state_dtype
 from fwp_fairseq.ops.options import Option
@@ -239,5 +240,7 @@ FEATURE_MAPS = {
             ),
         ),
         FeatureMap("tanh", size=lambda d_key: d_key, apply=torch.tanh, signed=True),
+        FeatureMap("silu", size=lambda d_key: d_key, apply=F.silu, signed=True),
+        FeatureMap("identity", size=lambda d_key: d_key, apply=lambda x: x, signed=True),
     )
 }

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 class TokenGates(Stage):
-    """β = σ(w_β x) and α = σ(w_α x + b), one of each per token and head, where the rule takes them (eq. 21)."""
+    """β = ρ σ(w_β x) and α = σ(w_α x + b), one of each per token and head, where the rule takes them (eq. 21).
+
+    The range ρ is 1 in the paper. With ρ = 2 and keys of length one, W ← (I − β k kᵀ) W can change the sign of what is
+    stored under a key, which tracking a state needs (Grazzi et al., 2025).
+    """
 
     name = "gates"
     options = (
@@ -26,11 +30,19 @@ class TokenGates(Stage):
             "add a learned bias to the projection that gives the write strength",
             bool,
         ),
+        Option(
+            "write_strength_range",
+            1.0,
+            "the write strength is between 0 and this; above 1 an association can be written as its opposite",
+            float,
+            why_not=lambda value, *_: None if 0 < value <= 2 else "allowed is above 0 and up to 2",
+        ),
     )
 
     def __init__(self, config: FastWeightConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
         self.update_rule = config.rule.name
+        self.range = config.write_strength_range
         self.rule_options = config.choices(config.rule.options)
         takes, bias = config.rule.takes, config.write_strength_bias
         self._projections = (
@@ -42,7 +54,17 @@ class TokenGates(Stage):
     def without_effect(cls, config: FastWeightConfig) -> Mapping[str, str]:
         if "beta" in config.rule.takes:
             return {}
-        return {"write_strength_bias": f"the rule {config.rule.name} has no write strength"}
+        reason = f"the rule {config.rule.name} has no write strength"
+        return {"write_strength_bias": reason, "write_strength_range": reason}
+
+    @classmethod
+    def check(cls, config: FastWeightConfig) -> None:
+        if config.write_strength_range > 1 and "beta" in config.rule.takes and not config.rule.erases:
+            erasing = ", ".join(name for name, rule in UPDATE_RULES.items() if rule.erases)
+            raise ValueError(
+                f"--write-strength-range is {config.write_strength_range}, and --update-rule {config.rule.name} would "
+                f"keep less than nothing of its memory: above 1 allowed are {erasing}"
+            )
 
     def projections(self) -> Sequence[Projection]:
         return self._projections
@@ -51,6 +73,8 @@ class TokenGates(Stage):
         """The gates of what is written, each (B, H, S) or None."""
         projected = tokens.projected
         beta, alpha = _share(projected.get("write_proj")), _share(projected.get("decay_proj"))
+        if beta is not None and self.range != 1:
+            beta = self.range * beta
         shape = tokens.k.shape[:3]
         padding = None if tokens.padding is None else tokens.padding.bool()[:, None, :].expand(shape)
         gates = UPDATE_RULES[self.update_rule].gates(beta, alpha, padding, **self.rule_options)

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 
 class Sizes(NamedTuple):
-    """Of an attention. ``causal``: its queries read right after their own token is written."""
+    """Of an attention. ``causal``: its queries read right after their own token is written; ``cross``: of a source."""
 
     num_heads: int
     head_dim: int
     causal: bool
+    cross: bool
 
 
 class Projection(NamedTuple):

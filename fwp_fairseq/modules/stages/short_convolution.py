@@ -1,0 +1,83 @@
+"""A short convolution over what is projected, before the feature map."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from fwp_fairseq.modules.attention_state import AttentionState
+from fwp_fairseq.modules.stages.stage import Mixing, Sizes, Tokens
+from fwp_fairseq.ops import Option
+
+if TYPE_CHECKING:
+    from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
+
+LARGEST_WIDTH = 16
+
+
+def _why_no_width(width: int, *_: Any) -> Optional[str]:
+    allowed = width == 0 or 2 <= width <= LARGEST_WIDTH
+    return None if allowed else f"allowed is 0, for none, or 2 to {LARGEST_WIDTH}"
+
+
+class ShortConvolution(Mixing):
+    """x_t ← Σ_j w_j ∘ x_{t-j}, j = 0..W-1, of each channel of q, k and v (Fu et al., 2023; Yang et al., 2024).
+
+    A key that knows the words before its own can be written for what comes after them. Where the whole memory is read
+    the keys, the values and the encoder's queries have W // 2 words before and (W - 1) // 2 after them instead. Padding
+    counts as nothing. It begins as the identity, and keeps W - 1 projections of each token.
+    """
+
+    name = "short_convolution"
+    options = (
+        Option(
+            "short_convolution",
+            0,
+            f"width of a convolution over queries, keys and values, 2 to {LARGEST_WIDTH}; 0: none",
+            why_not=_why_no_width,
+        ),
+    )
+
+    def __init__(self, config: FastWeightConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        self.width = config.short_convolution
+        # How many of the words that are seen come later.
+        whole = 0 if sizes.causal else (self.width - 1) // 2
+        self.later = {"q": 0 if sizes.cross else whole, "k": whole, "v": whole}
+        for part, later in self.later.items():
+            weight = torch.zeros(self.width, sizes.num_heads, 1, sizes.head_dim)
+            weight[self.width - 1 - later] = 1
+            self.register_parameter(part, nn.Parameter(weight))
+
+    @classmethod
+    def is_wanted(cls, config: FastWeightConfig) -> bool:
+        return config.short_convolution > 0
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}"
+
+    def forward(self, tokens: Tokens, state: AttentionState) -> Tokens:
+        mixed: dict[str, Any] = {}
+        for part in self.later:
+            x = getattr(tokens, part)
+            if x is not None:
+                if tokens.padding is not None:
+                    # The last tokens are those of the padding: there may be fewer queries than keys.
+                    x = x.masked_fill(tokens.padding.bool()[:, None, -x.size(2) :, None], 0)
+                mixed[part] = self._convolve(x, part, state)
+        return tokens._replace(**mixed)
+
+    def _convolve(self, x: Tensor, part: str, state: AttentionState) -> Tensor:
+        """(B, H, L, head_dim) -> the same."""
+        length, later, weight = x.size(2), self.later[part], getattr(self, part)
+        before = state.get(f"convolved_{part}")
+        if before is None:
+            before = x.new_zeros(*x.shape[:2], self.width - 1 - later, x.size(3))
+        x = torch.cat([before.to(x.dtype), x, x.new_zeros(*x.shape[:2], later, x.size(3))], dim=2)
+        state.put(**{f"convolved_{part}": x[:, :, length:]})
+        mixed = x[:, :, :length] * weight[0]
+        for shift in range(1, self.width):
+            mixed = torch.addcmul(mixed, x[:, :, shift : shift + length], weight[shift])
+        return mixed
