@@ -308,6 +308,14 @@ BASES = {
     "encoder only": [*places("softmax"), *places("fast-weight", "encoder-self-attention")],
     "encoder only, rule of its own": ["--whole-memory-update-rule", "gated", "--whole-memory-feature-map", "favor"]
     + [*places("softmax"), *places("fast-weight", "encoder-self-attention")],
+    "cross-attention of its own": ["--whole-memory-update-rule", "delta", "--cross-update-rule", "sum"]
+    + ["--cross-attention-normalization", *places("fast-weight")],
+    "cross-attention only": [
+        "--cross-feature-map",
+        "elu",
+        *places("softmax"),
+        *places("fast-weight", "cross-attention"),
+    ],
     "normalised everywhere": ["--update-rule", "sum", "--attention-normalization", *places("fast-weight")],
     "softmax": places("softmax"),
 }
@@ -319,6 +327,9 @@ CHANGES = {
     "whole_memory_update_rule": ("delta",),
     "whole_memory_feature_map": ("dpfp",),
     "whole_memory_attention_normalization": (),
+    "cross_update_rule": ("gated",),
+    "cross_feature_map": ("elu",),
+    "cross_attention_normalization": (),
     "no_attention_bias": (),
     **{
         option.name: () if option.type is bool else (str(another_value(option)),)

@@ -1,5 +1,6 @@
 """The options of fast-weight attention, and which of their combinations make sense."""
 
+import itertools
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass, replace
@@ -9,7 +10,7 @@ import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
-from fwp_fairseq.modules.places import CROSS_ATTENTION, DECODER_SELF_ATTENTION, ENCODER_SELF_ATTENTION
+from fwp_fairseq.modules.places import CROSS_ATTENTION, ENCODER_SELF_ATTENTION, PLACES
 from fwp_fairseq.modules.stages import STAGES
 from fwp_fairseq.ops import BACKENDS, FEATURE_MAPS, KEY_NORMALIZATIONS, UPDATE_RULES, FeatureMap, Option, UpdateRule
 from fwp_fairseq.ops.fast_weights import choose_backend
@@ -43,6 +44,14 @@ _Choices = make_dataclass(
     bases=(FairseqDataclass,),
 )
 
+# Options that a place can have another value of, and the places that each prefix stands for.
+_BY_PLACE = ("update_rule", "feature_map", "attention_normalization")
+_PREFIXES: dict[str, tuple[str, ...]] = {
+    "": PLACES,
+    "whole_memory_": (ENCODER_SELF_ATTENTION, CROSS_ATTENTION),
+    "cross_": (CROSS_ATTENTION,),
+}
+
 
 @dataclass
 class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
@@ -68,6 +77,15 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
     )
     whole_memory_attention_normalization: bool = field(
         default=False, metadata={"help": "--attention-normalization in the encoder and in cross-attention only"}
+    )
+    cross_update_rule: Optional[ChoiceEnum(list(UPDATE_RULES))] = field(  # type: ignore[valid-type]
+        default=None, metadata={"help": "--update-rule of cross-attention, if it is another one"}
+    )
+    cross_feature_map: Optional[ChoiceEnum(list(FEATURE_MAPS))] = field(  # type: ignore[valid-type]
+        default=None, metadata={"help": "--feature-map of cross-attention, if it is another one"}
+    )
+    cross_attention_normalization: bool = field(
+        default=False, metadata={"help": "--attention-normalization in cross-attention only"}
     )
     no_attention_bias: bool = field(
         default=False, metadata={"help": "no biases in the projections of fast-weight attention"}
@@ -101,40 +119,29 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
         """The values of these options, by name."""
         return {option.name: getattr(self, option.name) for option in options}
 
-    def for_whole_memory(self) -> "FastWeightConfig":
-        """The options of attention that reads the finished memory: encoder self-attention and cross-attention.
+    def for_place(self, place: str) -> "FastWeightConfig":
+        """The options of the attention in one of PLACES: those for the place stand for those for more of them.
 
-        There nothing depends on when a query comes, and a rule that lets later tokens erase earlier ones need not be
-        the best.
+        Where the finished memory is read nothing depends on when a query comes, and a rule that lets later tokens
+        erase earlier ones need not be the best.
         """
-        return replace(
-            self,
-            update_rule=self.whole_memory_update_rule or self.update_rule,
-            feature_map=self.whole_memory_feature_map or self.feature_map,
-            attention_normalization=self.attention_normalization or self.whole_memory_attention_normalization,
-        )
+        chosen = {}
+        for prefix, places in _PREFIXES.items():
+            if place in places:
+                chosen.update({name: value for name in _BY_PLACE if (value := getattr(self, prefix + name))})
+        return replace(self, **chosen)
 
     def without_effect(self, places: Collection[str]) -> dict[str, str]:
         """Options that change nothing in a model with fast weights in these places, and why."""
         options = [option.name for option in fields(self) if option.name not in ("_name", "cpu")]
         if not places:
             return dict.fromkeys(options, "no place has fast weights")
-        whole = self.for_whole_memory() if {ENCODER_SELF_ATTENTION, CROSS_ATTENTION} & set(places) else None
-        causal = self if DECODER_SELF_ATTENTION in places else None
-        in_use = [config for config in (causal, whole) if config is not None]
-        reasons: dict[str, str] = {}
-        if whole is None:
-            own = [name for name in options if name.startswith("whole_memory_")]
-            reasons = dict.fromkeys(own, "neither the encoder nor cross-attention has fast weights")
-        else:
-            for name in ("update_rule", "feature_map"):
-                flag, replacement = name.replace("_", "-"), getattr(self, f"whole_memory_{name}")
-                if replacement == getattr(self, name):
-                    reasons[f"whole_memory_{name}"] = f"--{flag} says so already"
-                elif replacement and causal is None:
-                    reasons[name] = f"--whole-memory-{flag} stands for it in all places with fast weights"
-            if self.attention_normalization:
-                reasons["whole_memory_attention_normalization"] = "--attention-normalization says so already"
+        reasons = {}
+        for prefix, name in itertools.product(_PREFIXES, _BY_PLACE):
+            reason = self._why_without_effect(prefix, name, places)
+            if reason is not None:
+                reasons[prefix + name] = reason
+        in_use = [self.for_place(place) for place in PLACES if place in places]
         reasons.update(_of_others("feature map", FEATURE_MAPS.values(), {config.map.name for config in in_use}))
         reasons.update(_of_others("update rule", UPDATE_RULES.values(), {config.rule.name for config in in_use}))
         for stage in STAGES:
@@ -142,13 +149,36 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
             reasons.update({name: why[0][name] for name in why[0] if all(name in each for each in why)})
         return reasons
 
+    def _why_without_effect(self, prefix: str, name: str, places: Collection[str]) -> Optional[str]:
+        """Why the option for the places of a prefix changes nothing, if it does not."""
+        there = [place for place in _PREFIXES[prefix] if place in places]
+        value = getattr(self, prefix + name)
+        if not there:
+            where = (
+                "neither the encoder nor cross-attention has" if prefix == "whole_memory_" else "cross-attention has no"
+            )
+            return f"{where} fast weights"
+        if not value:
+            return None
+        prefixes = list(_PREFIXES)
+        earlier, later = prefixes[: prefixes.index(prefix)], prefixes[prefixes.index(prefix) + 1 :]
+        others = {other: given for other in later if (given := getattr(self, other + name)) and given != value}
+        if all(any(place in _PREFIXES[other] for other in others) for place in there):
+            return f"--{_flag(next(iter(others)) + name)} stands for it in all places with fast weights"
+        for place in there if earlier else ():
+            of_place = [other for other in earlier if place in _PREFIXES[other] and getattr(self, other + name)]
+            if not of_place or getattr(self, of_place[-1] + name) != value:
+                return None
+            said = of_place[-1]
+        return f"--{_flag(said + name)} says so already" if earlier else None
+
     def warn_without_effect(self, places: Collection[str], defaults: Mapping[str, Any]) -> None:
         """Log a warning for each option that was set in vain. ``defaults``: those of the architecture."""
         standard = {option.name: option.default for option in fields(self)}
         for name, reason in self.without_effect(places).items():
             value = getattr(self, name)
             if value != defaults.get(name, standard[name]):
-                flag = "--" + name.replace("_", "-") + ("" if value is True else f" {value}")
+                flag = f"--{_flag(name)}" + ("" if value is True else f" {value}")
                 logger.warning("%s has no effect in this model: %s", flag, reason)
 
     def check(self, embed_dim: int, num_heads: int, place: str) -> None:
@@ -206,6 +236,10 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
                 "zero, and hurts in the paper's table 3",
                 self.rule.name,
             )
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def check_backend(backend: str, rule: UpdateRule, cpu: bool = False) -> None:

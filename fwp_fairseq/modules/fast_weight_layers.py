@@ -22,7 +22,7 @@ class FastWeightEncoderLayer(TransformerEncoderLayerBase):
     def build_self_attention(self, embed_dim: int, cfg: Any) -> nn.Module:
         if ENCODER_SELF_ATTENTION not in cfg.fast_weight_places:
             return super().build_self_attention(embed_dim, cfg)
-        return _build_attention(FastWeightAttention, cfg, cfg.encoder, embed_dim)
+        return _build_attention(ENCODER_SELF_ATTENTION, cfg, embed_dim)
 
 
 class FastWeightDecoderLayer(TransformerDecoderLayerBase):
@@ -33,13 +33,13 @@ class FastWeightDecoderLayer(TransformerDecoderLayerBase):
     ) -> nn.Module:
         if DECODER_SELF_ATTENTION not in cfg.fast_weight_places:
             return super().build_self_attention(embed_dim, cfg, add_bias_kv, add_zero_attn)
-        return _build_attention(FastWeightAttention, cfg, cfg.decoder, embed_dim, causal=True)
+        return _build_attention(DECODER_SELF_ATTENTION, cfg, embed_dim, causal=True)
 
     def build_encoder_attention(self, embed_dim: int, cfg: Any) -> nn.Module:
         if CROSS_ATTENTION not in cfg.fast_weight_places:
             return super().build_encoder_attention(embed_dim, cfg)
         source = cfg.encoder.embed_dim
-        return _build_attention(FastWeightCrossAttention, cfg, cfg.decoder, embed_dim, kdim=source, vdim=source)
+        return _build_attention(CROSS_ATTENTION, cfg, embed_dim, kdim=source, vdim=source)
 
 
 def wrap_layer(layer: nn.Module, cfg: Any) -> nn.Module:
@@ -49,21 +49,20 @@ def wrap_layer(layer: nn.Module, cfg: Any) -> nn.Module:
     return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
 
 
-def _build_attention(
-    kind: type[FastWeightAttention], cfg: Any, side: Any, embed_dim: int, causal: bool = False, **kwargs: Any
-) -> FastWeightAttention:
+def _build_attention(place: str, cfg: Any, embed_dim: int, **kwargs: Any) -> FastWeightAttention:
+    side = cfg.encoder if place == ENCODER_SELF_ATTENTION else cfg.decoder
     if side.xformers_att_config is not None:
         raise ValueError(
             f"xformers_att_config is {side.xformers_att_config!r}, but fast-weight attention has no xFormers form: "
             "leave it out, or choose softmax for this place"
         )
-    config = cfg.fast_weights if causal else cfg.fast_weights.for_whole_memory()
+    config = cfg.fast_weights.for_place(place)
+    kind = FastWeightCrossAttention if place == CROSS_ATTENTION else FastWeightAttention
     try:
         return kind(
             embed_dim,
             side.attention_heads,
             config,
-            causal=causal,
             dropout=cfg.attention_dropout,
             q_noise=cfg.quant_noise.pq,
             qn_block_size=cfg.quant_noise.pq_block_size,
@@ -72,4 +71,6 @@ def _build_attention(
     except ValueError as error:
         if config == cfg.fast_weights:
             raise
-        raise ValueError(f"with the --whole-memory-* options in place of those they replace: {error}") from None
+        raise ValueError(
+            f"with the --whole-memory-* and --cross-* options in place of those they replace: {error}"
+        ) from None
