@@ -310,12 +310,8 @@ BASES = {
     + [*places("softmax"), *places("fast-weight", "encoder-self-attention")],
     "cross-attention of its own": ["--whole-memory-update-rule", "delta", "--cross-update-rule", "sum"]
     + ["--cross-attention-normalization", *places("fast-weight")],
-    "cross-attention only": [
-        "--cross-feature-map",
-        "elu",
-        *places("softmax"),
-        *places("fast-weight", "cross-attention"),
-    ],
+    "cross-attention only": ["--cross-feature-map", "favor"]
+    + [*places("softmax"), *places("fast-weight", "cross-attention")],
     "normalised everywhere": ["--update-rule", "sum", "--attention-normalization", *places("fast-weight")],
     "softmax": places("softmax"),
 }

@@ -154,10 +154,9 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
         there = [place for place in _PREFIXES[prefix] if place in places]
         value = getattr(self, prefix + name)
         if not there:
-            where = (
-                "neither the encoder nor cross-attention has" if prefix == "whole_memory_" else "cross-attention has no"
-            )
-            return f"{where} fast weights"
+            if prefix == "whole_memory_":
+                return "neither the encoder nor cross-attention has fast weights"
+            return "cross-attention has no fast weights"
         if not value:
             return None
         prefixes = list(_PREFIXES)

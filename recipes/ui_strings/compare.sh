@@ -7,6 +7,9 @@
 everywhere="--encoder-self-attention fast-weight --decoder-self-attention fast-weight --cross-attention fast-weight"
 decoder="--encoder-self-attention softmax --decoder-self-attention fast-weight --cross-attention softmax"
 sum_memories="-- --whole-memory-update-rule sum --whole-memory-feature-map elu --whole-memory-attention-normalization"
+self="--encoder-self-attention fast-weight --decoder-self-attention fast-weight --cross-attention softmax"
+convolution="-- --short-convolution 4"
+sum_cross="--cross-update-rule sum --cross-attention-normalization"
 sum_elu="--rule sum --feature-map elu --attention-normalization"
 sum_dpfp="--rule sum --feature-map dpfp --dpfp-nu 1"
 delta_dpfp="--rule delta --feature-map dpfp --dpfp-nu 1"
@@ -22,6 +25,10 @@ configurations=(
     "sum, elu, attention normalisation | decoder self-attention | sum-elu-decoder | $sum_elu $decoder"
     "sum, dpfp-1 | decoder self-attention | sum-dpfp-decoder | $sum_dpfp $decoder"
     "delta, elu | decoder self-attention | delta-elu-decoder | $delta_elu $decoder"
+    "delta, dpfp-1, convolution | decoder self-attention | conv-delta-decoder | $delta_dpfp $decoder $convolution"
+    "delta, dpfp-1, convolution | encoder and decoder self-attention | conv-delta-self | $delta_dpfp $self $convolution"
+    "delta, dpfp-1, convolution | all three places | conv-delta-all | $delta_dpfp $everywhere $convolution"
+    "delta, dpfp-1, convolution; cross-attention sum, attention normalisation | all three places | conv-delta-sum-all | $delta_dpfp $everywhere $convolution $sum_cross"
 )
 
 usage() {
