@@ -1,6 +1,7 @@
 """Print the folder to give fairseq as --user-dir: fairseq-train --user-dir "$(python -m fwp_fairseq)" ...
 
-``--check`` says instead whether all is there to train with, and ``--mends`` what is changed in fairseq, and why.
+``--check`` says instead whether all is there to train with, ``--mends`` what is changed in fairseq, and why, and
+``--list`` what there is to choose from.
 """
 
 import argparse
@@ -10,6 +11,14 @@ import platform
 import sys
 from pathlib import Path
 
+# What --list can list, and what has it by name.
+LISTS = {
+    "update-rules": "UPDATE_RULES",
+    "feature-maps": "FEATURE_MAPS",
+    "key-normalizations": "KEY_NORMALIZATIONS",
+    "backends": "BACKENDS",
+}
+
 
 def main() -> int:
     """The command's exit status."""
@@ -17,7 +26,13 @@ def main() -> int:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--check", action="store_true", help="print what a training would use, and what is missing")
     instead.add_argument("--mends", action="store_true", help="print what is changed in fairseq, and why")
+    instead.add_argument("--list", choices=LISTS, help="print the names of these, one a line")
     args = parser.parse_args()
+    if args.list:
+        from fwp_fairseq import ops
+
+        print(*getattr(ops, LISTS[args.list]), sep="\n")
+        return 0
     # fairseq has much to say when it is imported.
     logging.disable(logging.INFO)
     if args.check:

@@ -10,10 +10,16 @@ search=(--max-len-a 2 --max-len-b 20)
 
 # --- Fast weights ----------------------------------------------------------------------------------------------------
 
+# registered FILE CLASS: the names of what is registered there, for options that are checked before there is a Python
+# environment that could say them (python -m fwp_fairseq --list).
+registered() {
+    tr -d '\n' <"$repository/fwp_fairseq/ops/$1.py" | grep -o "$2( *\"[a-z-]*\"" | cut -d '"' -f 2 | paste -s -d ' '
+}
+
 # fast_weight_options RULE FEATURE_MAP NU ATTENTION_NORMALIZATION: declare the options of the attention.
 fast_weight_options() {
-    option rule "sum delta gated gated-delta fwm" "$1" "update rule of the fast weights"
-    option feature-map "elu favor dpfp tanh" "$2" "feature map of keys and queries"
+    option rule "$(registered update_rules UpdateRule)" "$1" "update rule of the fast weights"
+    option feature-map "$(registered feature_maps FeatureMap)" "$2" "feature map of keys and queries"
     option dpfp-nu count "$3" "nu of DPFP"
     option favor-features count 64 "m of FAVOR+"
     option key-normalization "sum l2 none" sum "how feature-mapped keys and queries are scaled"
