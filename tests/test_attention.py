@@ -125,6 +125,21 @@ def test_a_prefix_of_many_tokens_then_steps_equals_parallel(config):
 
 @every_config
 @torch.no_grad()
+def test_what_follows_padding_goes_on_from_what_was_before_it(config):
+    attention = build(config, causal=True)
+    x = inputs(8)
+    padding = torch.zeros(3, 6, dtype=torch.bool)
+    padding[1, 4:] = padding[2, 1:] = padding[2, :1] = True
+    state: dict = {}
+    attention(x[:6], x[:6], x[:6], padding, state)
+    found = torch.cat([attention(x[[t]], x[[t]], x[[t]], incremental_state=state)[0] for t in (6, 7)])
+    for row in range(3):
+        alone = torch.cat([x[:6, row : row + 1][~padding[row]], x[6:, row : row + 1]])
+        torch.testing.assert_close(found[:, row], attention(alone, alone, alone)[0][-2:, 0])
+
+
+@every_config
+@torch.no_grad()
 def test_causal_attention_does_not_see_the_future(config):
     attention = build(config, causal=True)
     x, other = inputs(6), inputs(6)

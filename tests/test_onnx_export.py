@@ -8,19 +8,27 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from registered import UNBOUNDED_RULES, another_value
 from tiny_models import build_lm, build_translation, places, tokens, translation_batch
 from torch import Tensor
 
+from fwp_fairseq.modules.stages import STAGES
 from fwp_fairseq.onnx_export.graph import CannotExport
 from fwp_fairseq.onnx_export.model_graphs import ModelGraphs
+from fwp_fairseq.ops import FEATURE_MAPS
 
-RULES = ("sum", "delta", "gated", "gated-delta")
+RULES = UNBOUNDED_RULES
 MAPS = {
-    "elu": "--feature-map elu",
-    "dpfp": "--feature-map dpfp --dpfp-nu 2",
-    "favor": "--feature-map favor --favor-features 3",
-    "tanh": "--feature-map tanh --key-normalization l2",
-}
+    name: f"--feature-map {name}" + " --key-normalization l2" * feature_map.signed
+    for name, feature_map in FEATURE_MAPS.items()
+} | {"dpfp": "--feature-map dpfp --dpfp-nu 2", "favor": "--feature-map favor --favor-features 3"}
+# Each option of the stages, and all of them together.
+_EACH = [
+    [f"--{option.name.replace('_', '-')}"] + [str(another_value(option))] * (option.type is not bool)
+    for stage in STAGES
+    for option in stage.options
+]
+STAGED = [*_EACH, [flag for flags in _EACH for flag in flags]]
 # The form, and an opset that has it.
 FORMS = {"plain": 18, "onnxruntime": 18, "standard": 27}
 TOLERANCE = 1e-4
@@ -92,6 +100,12 @@ def test_every_form_of_the_recurrence_is_what_fairseq_computes(rule: str, form: 
         assert_same_translation(build_translation("--update-rule", rule, *places("fast-weight"), *more), form)
 
 
+@pytest.mark.parametrize("options", STAGED, ids=" ".join)
+def test_every_stage_is_what_fairseq_computes(options: list[str]) -> None:
+    assert_same_translation(build_translation(*options, *places("fast-weight")))
+    assert_same_translation(build_translation(*options))
+
+
 @pytest.mark.parametrize("normalization", ["l2", "none"])
 def test_every_key_normalization_is_what_fairseq_computes(normalization: str) -> None:
     for feature_map in MAPS:
@@ -136,6 +150,7 @@ LANGUAGE_MODELS = {
     "--adaptive-softmax-factor 1 --adaptive-softmax-cutoff 6,12 --tie-adaptive-weights --tie-adaptive-proj",
     "adaptive, factor": "--adaptive-input --adaptive-input-cutoff 6,12 --adaptive-input-factor 2 "
     "--adaptive-softmax-factor 2 --adaptive-softmax-cutoff 6,12 --tie-adaptive-weights",
+    **{" ".join(options): " ".join(options) for options in STAGED},
 }
 
 
@@ -153,8 +168,9 @@ def test_a_language_model_is_what_fairseq_computes(flags: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_prompt_read_in_parallel_leaves_what_its_words_one_by_one_leave(rule: str, form: str) -> None:
-    for more in ("", "--attention-normalization"):
-        model = build_lm("--update-rule", rule, "--feature-map", "elu", "--decoder-layers", "2", *more.split()).eval()
+    more_options = ["--attention-normalization"], ["--short-convolution", "4", "--output-gate"]
+    for more in ([], *more_options):
+        model = build_lm("--update-rule", rule, "--feature-map", "elu", "--decoder-layers", "2", *more).eval()
         run_graphs, empty = sessions(model, form)
         for length in (1, 16, 37):
             words = tokens(model, 3, length + 5, seed=length).numpy()
@@ -167,9 +183,10 @@ def test_a_prompt_read_in_parallel_leaves_what_its_words_one_by_one_leave(rule: 
                 np.testing.assert_allclose(parallel[name], states[name], atol=TOLERANCE)
 
 
-def test_padding_at_the_end_of_a_prompt_leaves_nothing() -> None:
+@pytest.mark.parametrize("flags", [[], ["--short-convolution", "4"]], ids=" ".join)
+def test_padding_at_the_end_of_a_prompt_leaves_nothing(flags: list[str]) -> None:
     for rule in RULES:
-        model = build_lm("--update-rule", rule, "--feature-map", "elu").eval()
+        model = build_lm(*flags, "--update-rule", rule, "--feature-map", "elu").eval()
         run_graphs, empty = sessions(model)
         words = tokens(model, 1, 20).numpy()
         padded = np.concatenate([words[:, :6], np.full((1, 14), model.decoder.dictionary.pad())], axis=1)

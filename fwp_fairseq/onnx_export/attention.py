@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
-from fwp_fairseq.modules.stages import ReadOut, Tokens
+from fwp_fairseq.modules.stages import Mixing, ReadOut, Tokens
 from fwp_fairseq.onnx_export.graph import Graph
 from fwp_fairseq.onnx_export.recurrence import Recurrence
 from fwp_fairseq.ops.update_rules import Gates
@@ -34,7 +34,16 @@ def is_fast_weight(attention: Any) -> bool:
     return isinstance(attention, FastWeightAttention)
 
 
-def state_shape(attention: Any) -> list[int]:
+def state_shapes(attention: Any, name: str) -> dict[str, list[int]]:
+    """What a row keeps for an attention, by name: the memory of self-attention, and what convolutions keep."""
+    shapes = {} if attention.encoder_decoder_attention else {f"{name}.state": memory_shape(attention)}
+    for stage in attention.stages(Mixing):
+        for part in ("q",) if attention.encoder_decoder_attention else ("q", "k", "v"):
+            shapes[f"{name}.convolved_{part}"] = [stage.width - 1, attention.num_heads, attention.head_dim]
+    return shapes
+
+
+def memory_shape(attention: Any) -> list[int]:
     """Of one row: heads, features of a key, and of a value with, if z is counted, one column more."""
     return [
         attention.num_heads,
@@ -48,18 +57,61 @@ def _heads(attention: Any, x: Tensor) -> Tensor:
 
 
 class FastWeights:
-    """Fast-weight attention. ``form`` is one of ``recurrence.FORMS``."""
+    """Fast-weight attention. ``form`` is one of ``recurrence.FORMS``.
 
-    def __init__(self, attention: Any, graph: Graph, form: str) -> None:
+    ``states``: what it goes on from, by names that begin with ``name``, and afterwards what the next pass goes on from.
+    """
+
+    def __init__(
+        self, attention: Any, graph: Graph, form: str, name: str = "", states: Optional[dict[str, Tensor]] = None
+    ) -> None:
         self.attention = attention
+        self.graph = graph
+        self.name = name
+        self.states = {} if states is None else states
         self.recurrence = Recurrence(graph, form, bool(attention.attention_normalization))
 
     def keys_and_gates(self, key: Tensor, padding: Optional[Tensor]) -> tuple[Tensor, Tensor, Gates]:
         """Of (B, T, C): k before the feature map, v (B, T, H, D), and gates (B, T, H or 1)."""
         a = self.attention
-        beta, alpha = (None if f is None else f(key).sigmoid() for f in (a.write_proj, a.decay_proj))
-        gates = a.rule.gates(beta, alpha, None if padding is None else padding[..., None])
-        return _heads(a, a.k_proj(key)), _heads(a, a.v_proj(key)), gates
+        logits = (None if f is None else f(key) for f in (a.write_proj, a.decay_proj))
+        gates = a.gates.gates_of(*logits, None if padding is None else padding[..., None])
+        k, v = (self._mix(part, f(key), padding) for part, f in (("k", a.k_proj), ("v", a.v_proj)))
+        return k, v, gates
+
+    def queries(self, query: Tensor, padding: Optional[Tensor] = None) -> Tensor:
+        """Of (B, T, C): q before the feature map, (B, T, H, D)."""
+        return self._mix("q", self.attention.q_proj(query), padding)
+
+    def _mix(self, part: str, projected: Tensor, padding: Optional[Tensor]) -> Tensor:
+        """What the convolution makes of what was projected, (B, T, C) -> (B, T, H, D)."""
+        x = _heads(self.attention, projected)
+        for stage in self.attention.stages(Mixing):
+            if padding is not None:
+                x = x.masked_fill(padding[..., None, None], 0.0)
+            later, weight = stage.later[part], getattr(stage, part).squeeze(2)
+            before = stage.width - 1 - later
+            name = f"{self.name}.convolved_{part}"
+            if name in self.states:
+                x = torch.cat([self.states[name], x], dim=1)
+                self.states[name] = x[:, -before:] if padding is None else self._last(x, padding, before)
+            else:
+                rows, length, heads, size = x.shape
+                ends = self.graph.ints(0, before, 0, 0, 0, later, 0, 0)
+                x = self.graph.value(self.graph.node("Pad", x, ends), rows, length + stage.width - 1, heads, size)
+            shifted = (x[:, shift : shift - stage.width + 1 or None] for shift in range(stage.width))
+            x = sum(part_of_x * weight[shift] for shift, part_of_x in enumerate(shifted))
+        return x
+
+    def _last(self, x: Tensor, padding: Tensor, count: int) -> Tensor:
+        """Of each row of (B, count + T, H, D) the ``count`` that end with the last one that is no padding."""
+        graph, (rows, length) = self.graph, padding.shape
+        after = graph.node("Add", graph.node("Squeeze", graph.size(padding, 1)), graph.constant(1))
+        range_ = graph.node("Range", graph.constant(1), after, graph.constant(1))
+        positions = graph.value(range_, length, dtype=torch.int64)
+        ends = (positions * (~padding).long()).amax(dim=1)
+        index = (ends[:, None] + torch.arange(count))[..., None]
+        return graph.value(graph.node("GatherND", x, index, batch_dims=1), rows, count, *x.shape[2:])
 
     def memory(self, key: Tensor, padding: Optional[Tensor]) -> Tensor:
         """The state after the tokens of (B, T, C)."""
@@ -72,27 +124,32 @@ class FastWeights:
         (q,) = self.attention.features(q)
         return self.recurrence.read(q, state).transpose(1, 2)
 
-    def put_out(self, read: Tensor) -> Tensor:
-        """(B, T, H, D) -> (T, B, C)."""
-        for stage in self.attention.stages(ReadOut):
-            read = stage(read, Tokens())
-        return self.attention.out_proj(read.flatten(2, 3).transpose(0, 1))
+    def put_out(self, read: Tensor, query: Tensor) -> Tensor:
+        """(B, T, H, D) and what asked for it, (B, T, C) -> (T, B, C)."""
+        a = self.attention
+        wanted = [layer.name for stage in a.stages(ReadOut) for layer in stage.projections() if layer.wanted]
+        tokens = Tokens(projected={name: _heads(a, getattr(a, name)(query)) for name in wanted})
+        for stage in a.stages(ReadOut):
+            read = stage(read, tokens)
+        return a.out_proj(read.flatten(2, 3).transpose(0, 1))
 
 
 class CausalFastWeights(FastWeights):
-    """Self-attention of the decoder: goes on from ``state``, and then has the new one there."""
+    """Self-attention of the decoder."""
 
-    def __init__(self, attention: Any, graph: Graph, form: str, state: Tensor, one_token: bool) -> None:
-        super().__init__(attention, graph, form)
-        self.state = state
+    def __init__(
+        self, attention: Any, graph: Graph, form: str, name: str, states: dict[str, Tensor], one_token: bool
+    ) -> None:
+        super().__init__(attention, graph, form, name, states)
         self.one_token = one_token
 
     def __call__(self, query: Tensor, *_: Any, key_padding_mask: Optional[Tensor] = None, **__: Any) -> Any:
         x = query.transpose(0, 1)
-        k, v, gates = self.keys_and_gates(x, None if self.one_token else key_padding_mask)
-        q, k = self.attention.features(_heads(self.attention, self.attention.q_proj(x)), k)
-        read, self.state = self.recurrence.causal(q, k, v, gates, self.state, self.one_token)
-        return self.put_out(read), None
+        padding, memory = None if self.one_token else key_padding_mask, f"{self.name}.state"
+        k, v, gates = self.keys_and_gates(x, padding)
+        q, k = self.attention.features(self.queries(x, padding), k)
+        read, self.states[memory] = self.recurrence.causal(q, k, v, gates, self.states[memory], self.one_token)
+        return self.put_out(read, x), None
 
 
 class WholeFastWeights(FastWeights):
@@ -100,8 +157,8 @@ class WholeFastWeights(FastWeights):
 
     def __call__(self, query: Tensor, *_: Any, key_padding_mask: Optional[Tensor] = None, **__: Any) -> Any:
         x = query.transpose(0, 1)
-        q = _heads(self.attention, self.attention.q_proj(x)).transpose(1, 2)
-        return self.put_out(self.read(q, self.memory(x, key_padding_mask))), None
+        q = self.queries(x, key_padding_mask).transpose(1, 2)
+        return self.put_out(self.read(q, self.memory(x, key_padding_mask)), x), None
 
 
 class Softmax:
@@ -121,14 +178,19 @@ class Softmax:
         scores = scores.masked_fill(padding[:, None, None], -torch.inf)
         return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
-    def put_out(self, read: Tensor) -> Tensor:
+    def queries(self, query: Tensor) -> Tensor:
+        """Of (B, T, C): (B, T, H, D)."""
+        return _heads(self.attention, self.attention.q_proj(query))
+
+    def put_out(self, read: Tensor, query: Tensor) -> Tensor:
+        """(B, T, H, D) -> (T, B, C)."""
         return self.attention.out_proj(read.flatten(2, 3).transpose(0, 1))
 
     def __call__(self, query: Tensor, *_: Any, key_padding_mask: Optional[Tensor] = None, **__: Any) -> Any:
         x = query.transpose(0, 1)
-        q = _heads(self.attention, self.attention.q_proj(x)).transpose(1, 2)
         assert key_padding_mask is not None
-        return self.put_out(self.read(q, *self.keys_and_values(x), key_padding_mask)), None
+        q = self.queries(x).transpose(1, 2)
+        return self.put_out(self.read(q, *self.keys_and_values(x), key_padding_mask), x), None
 
 
 def encoder_self_attention(attention: Any, graph: Graph, form: str) -> Any:
@@ -141,12 +203,16 @@ class CrossAttention:
     What is left has one row for a sentence, which the rows of its hypotheses share.
     """
 
-    def __init__(self, attention: Any, graph: Graph, form: str, name: str) -> None:
+    def __init__(
+        self, attention: Any, graph: Graph, form: str, name: str, states: Optional[dict[str, Tensor]] = None
+    ) -> None:
         self.graph = graph
         self.attention = attention
-        self.kind: Any = FastWeights(attention, graph, form) if is_fast_weight(attention) else Softmax(attention)
+        self.kind: Any = Softmax(attention)
         if is_fast_weight(attention):
-            self.kept: dict[str, list[Any]] = {f"{name}.memory": state_shape(attention)}
+            self.kind = FastWeights(attention, graph, form, f"{name}.cross", states)
+        if is_fast_weight(attention):
+            self.kept: dict[str, list[Any]] = {f"{name}.memory": memory_shape(attention)}
         else:
             heads, size = attention.num_heads, attention.head_dim
             self.kept = {
@@ -164,7 +230,8 @@ class CrossAttention:
         """The forward pass of a decoder's layer, for one token of every hypothesis."""
 
         def forward(query: Tensor, *_: Any, **__: Any) -> Any:
-            q = _heads(self.attention, self.attention.q_proj(query.transpose(0, 1)))
+            x = query.transpose(0, 1)
+            q = self.kind.queries(x)
             heads, size = q.shape[2:]
             # Hypotheses of a sentence read what they share as if they were further time steps of it.
             sentences = self.graph.size(kept[0], 0)
@@ -175,6 +242,6 @@ class CrossAttention:
             more = [] if padding is None or is_fast_weight(self.attention) else [padding]
             read = self.kind.read(together.transpose(1, 2), *kept, *more)
             apart = self.graph.node("Reshape", read, self.graph.ints(-1, 1, heads, size))
-            return self.kind.put_out(self.graph.value(apart, *q.shape)), None
+            return self.kind.put_out(self.graph.value(apart, *q.shape), x), None
 
         return forward

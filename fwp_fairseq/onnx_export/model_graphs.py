@@ -24,7 +24,7 @@ from fwp_fairseq.onnx_export.attention import (
     answered,
     encoder_self_attention,
     is_fast_weight,
-    state_shape,
+    state_shapes,
 )
 from fwp_fairseq.onnx_export.graph import CannotExport, Graph
 
@@ -53,7 +53,12 @@ class ModelGraphs:
 
     def states(self) -> dict[str, list[int]]:
         """What a decoder keeps for each row, by the name of the input: its shape."""
-        return {f"layer_{i}.state": state_shape(layer.self_attn) for i, layer in enumerate(self.decoder.layers)}
+        shapes: dict[str, list[int]] = {}
+        for i, layer in enumerate(self.decoder.layers):
+            shapes.update(state_shapes(layer.self_attn, f"layer_{i}"))
+            if is_fast_weight(layer.encoder_attn):
+                shapes.update(state_shapes(layer.encoder_attn, f"layer_{i}.cross"))
+        return shapes
 
     def kept_of_source(self) -> dict[str, list[Any]]:
         """What a decoder reads of each sentence, by the name of the input: its shape."""
@@ -67,9 +72,11 @@ class ModelGraphs:
     def _graph(self) -> Graph:
         return Graph(self.opset, self.names, self.quantize)
 
-    def _cross_attentions(self, graph: Graph) -> list[CrossAttention]:
+    def _cross_attentions(self, graph: Graph, states: Optional[dict[str, Tensor]] = None) -> list[CrossAttention]:
         layers = self.decoder.layers if self.encoder is not None else []
-        return [CrossAttention(layer.encoder_attn, graph, self.form, f"layer_{i}") for i, layer in enumerate(layers)]
+        return [
+            CrossAttention(layer.encoder_attn, graph, self.form, f"layer_{i}", states) for i, layer in enumerate(layers)
+        ]
 
     # --- Translation -------------------------------------------------------------------------------------------------
 
@@ -103,22 +110,23 @@ class ModelGraphs:
         tokens = graph.input("tokens", ["rows"], torch.int64)
         position = graph.input("position", ["rows"], torch.int64)
         order = graph.input("order", ["rows"], torch.int64)
-        states = [
-            graph.input(name, ["rows_before", *shape]).index_select(0, order) for name, shape in self.states().items()
-        ]
+        states = {
+            state: graph.input(state, ["rows_before", *shape]).index_select(0, order)
+            for state, shape in self.states().items()
+        }
         shapes, of_source = self.kept_of_source(), {}
         for kept_name, shape in shapes.items():
             dtype = torch.bool if kept_name == "source_padding" else torch.float32
             of_source[kept_name] = graph.input(kept_name, ["sentences", *shape], dtype)
         with ExitStack() as stack:
-            for layer, cross in zip(self.decoder.layers, self._cross_attentions(graph)):
+            for layer, cross in zip(self.decoder.layers, self._cross_attentions(graph, states)):
                 kept = [of_source[kept_name] for kept_name in cross.kept]
                 answer = cross.reader(kept, of_source.get("source_padding"))
                 stack.enter_context(answered(layer.encoder_attn, answer))
-            features, states = self._decode(graph, tokens[:, None], position[:, None], states, one_token=True)
+            features = self._decode(graph, tokens[:, None], position[:, None], states, one_token=True)
             graph.output("log_probabilities", log_probabilities(self.decoder, features[:, 0]), ["rows", self._words()])
-        for state_name, state in zip(self.states(), states):
-            graph.output(f"{state_name}.new", state, ["rows", *self.states()[state_name]])
+        for state, shape in self.states().items():
+            graph.output(f"{state}.new", states[state], ["rows", *shape])
         return graph.finish(name)
 
     # --- Language models ---------------------------------------------------------------------------------------------
@@ -129,23 +137,23 @@ class ModelGraphs:
         graph = self._graph()
         tokens = graph.input("tokens", ["rows", "length"], torch.int64)
         position = graph.input("position", ["rows"], torch.int64)
-        states = [graph.input(name, ["rows", *shape]) for name, shape in self.states().items()]
+        states = {name: graph.input(name, ["rows", *shape]) for name, shape in self.states().items()}
         length = graph.node("Squeeze", graph.size(tokens, 1))
         index = graph.node("Range", graph.constant(0), length, graph.constant(1))
         index = graph.value(index, tokens.size(1), dtype=torch.int64)
-        _, states = self._decode(graph, tokens, position[:, None] + index, states, one_token=False)
-        for name, state in zip(self.states(), states):
-            graph.output(f"{name}.new", state, ["rows", *self.states()[name]])
+        self._decode(graph, tokens, position[:, None] + index, states, one_token=False)
+        for name, shape in self.states().items():
+            graph.output(f"{name}.new", states[name], ["rows", *shape])
         return graph.finish("prompt")
 
     def _decode(
-        self, graph: Graph, tokens: Tensor, position: Tensor, states: list[Tensor], one_token: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Features of (rows, T) tokens, and the states that they leave."""
+        self, graph: Graph, tokens: Tensor, position: Tensor, states: dict[str, Tensor], one_token: bool
+    ) -> Tensor:
+        """Features of (rows, T) tokens; ``states`` has what they leave afterwards."""
         decoder = self.decoder
         answers = [
-            CausalFastWeights(layer.self_attn, graph, self.form, state, one_token)
-            for layer, state in zip(decoder.layers, states)
+            CausalFastWeights(layer.self_attn, graph, self.form, f"layer_{i}", states, one_token)
+            for i, layer in enumerate(decoder.layers)
         ]
         with ExitStack() as stack:
             stack.enter_context(answered_positions(decoder.embed_positions, graph, position))
@@ -156,7 +164,7 @@ class ModelGraphs:
             # The layers only look whether there is an encoder. Without a mask of the future: the order of writes is it.
             encoder_out = None if self.encoder is None else {"encoder_out": [tokens], "encoder_padding_mask": []}
             features, _ = decoder.extract_features(tokens, encoder_out, full_context_alignment=True)
-        return features, [answer.state for answer in answers]
+        return features
 
     def _words(self) -> int:
         softmax = self.decoder.adaptive_softmax

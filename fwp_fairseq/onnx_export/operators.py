@@ -187,6 +187,12 @@ def _layer_norm(
     return graph.node("LayerNormalization", x, weight, bias, axis=-len(shape), epsilon=eps)
 
 
+def _rms_norm(graph: Graph, out: Tensor, x: Value, shape: Any, weight: Tensor, eps: float) -> str:
+    mean = graph.node("ReduceMean", graph.node("Mul", x, x), graph.ints(-1), keepdims=1)
+    scale = graph.node("Sqrt", graph.node("Add", mean, graph.constant(eps)))
+    return graph.node("Mul", graph.node("Div", x, scale), weight)
+
+
 def _gelu(graph: Graph, out: Tensor, x: Value, approximate: str = "none") -> str:
     if approximate != "none":
         raise CannotExport(f"the model uses gelu with approximate={approximate}, which the export does not know")
@@ -245,6 +251,8 @@ OPERATORS: dict[str, Callable[..., str]] = {
     "linear": _linear,
     "layer_norm": _layer_norm,
     "gelu": _gelu,
+    "silu": lambda graph, out, x, inplace=False: graph.node("Mul", x, graph.node("Sigmoid", x)),
+    "rms_norm": _rms_norm,
     **dict.fromkeys(("detach", "contiguous", "clone", "dropout"), _same),
     **dict.fromkeys(("to", "type_as", "float", "int", "long", "bool"), _cast),
 }

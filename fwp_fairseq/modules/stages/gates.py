@@ -71,19 +71,26 @@ class TokenGates(Stage):
 
     def forward(self, tokens: Tokens) -> Gates:
         """The gates of what is written, each (B, H, S) or None."""
-        projected = tokens.projected
-        beta, alpha = _share(projected.get("write_proj")), _share(projected.get("decay_proj"))
-        if beta is not None and self.range != 1:
-            beta = self.range * beta
+        write, decay = (tokens.projected.get(name) for name in ("write_proj", "decay_proj"))
         shape = tokens.k.shape[:3]
         padding = None if tokens.padding is None else tokens.padding.bool()[:, None, :].expand(shape)
-        gates = UPDATE_RULES[self.update_rule].gates(beta, alpha, padding, **self.rule_options)
+        write, decay = None if write is None else write.squeeze(-1), None if decay is None else decay.squeeze(-1)
+        gates = self.gates_of(write, decay, padding)
         return Gates(*(gate if gate is None or gate.shape == shape else gate.expand(shape) for gate in gates))
+
+    def gates_of(
+        self, write_logit: Optional[Tensor], decay_logit: Optional[Tensor], padding: Optional[Tensor]
+    ) -> Gates:
+        """The gates, of logits of any shape and, of one that broadcasts to it, where there is padding."""
+        beta, alpha = _share(write_logit), _share(decay_logit)
+        if beta is not None and self.range != 1:
+            beta = self.range * beta
+        return UPDATE_RULES[self.update_rule].gates(beta, alpha, padding, **self.rule_options)
 
 
 def _share(logit: Optional[Tensor]) -> Optional[Tensor]:
-    """(B, H, S, 1) -> (B, H, S): between 0 and 1, in the type of the state."""
-    return None if logit is None else logit.squeeze(-1).to(state_dtype(logit.dtype)).sigmoid()
+    """Between 0 and 1, in the type of the state."""
+    return None if logit is None else logit.to(state_dtype(logit.dtype)).sigmoid()
 
 
 def _start_near_one_half(layer: nn.Linear) -> None:

@@ -59,25 +59,37 @@ class ShortConvolution(Mixing):
         return f"width={self.width}"
 
     def forward(self, tokens: Tokens, state: AttentionState) -> Tokens:
-        mixed: dict[str, Any] = {}
-        for part in self.later:
-            x = getattr(tokens, part)
-            if x is not None:
-                if tokens.padding is not None:
-                    # The last tokens are those of the padding: there may be fewer queries than keys.
-                    x = x.masked_fill(tokens.padding.bool()[:, None, -x.size(2) :, None], 0)
-                mixed[part] = self._convolve(x, part, state)
+        padding = None if tokens.padding is None else tokens.padding.bool()
+        mixed: dict[str, Any] = {
+            part: self._convolve(x, padding, part, state)
+            for part in self.later
+            if (x := getattr(tokens, part)) is not None
+        }
         return tokens._replace(**mixed)
 
-    def _convolve(self, x: Tensor, part: str, state: AttentionState) -> Tensor:
+    def _convolve(self, x: Tensor, padding: Optional[Tensor], part: str, state: AttentionState) -> Tensor:
         """(B, H, L, head_dim) -> the same."""
         length, later, weight = x.size(2), self.later[part], getattr(self, part)
+        if padding is not None:
+            # The last tokens are those of the padding: there may be fewer queries than keys.
+            padding = padding[:, -length:]
+            x = x.masked_fill(padding[:, None, :, None], 0)
         before = state.get(f"convolved_{part}")
         if before is None:
             before = x.new_zeros(*x.shape[:2], self.width - 1 - later, x.size(3))
         x = torch.cat([before.to(x.dtype), x, x.new_zeros(*x.shape[:2], later, x.size(3))], dim=2)
-        state.put(**{f"convolved_{part}": x[:, :, length:]})
+        if not later:
+            state.put(**{f"convolved_{part}": self._last(x, padding)})
         mixed = x[:, :, :length] * weight[0]
         for shift in range(1, self.width):
             mixed = torch.addcmul(mixed, x[:, :, shift : shift + length], weight[shift])
         return mixed
+
+    def _last(self, x: Tensor, padding: Optional[Tensor]) -> Tensor:
+        """What comes before the token after these: of each row the W - 1 that end with the last that is no padding."""
+        if padding is None:
+            return x[:, :, x.size(2) - self.width + 1 :]
+        positions = torch.arange(1, padding.size(1) + 1, device=x.device)
+        ends = (positions * ~padding).amax(dim=1, keepdim=True)
+        index = ends + torch.arange(self.width - 1, device=x.device)
+        return x.gather(2, index[:, None, :, None].expand(-1, x.size(1), -1, x.size(3)))
