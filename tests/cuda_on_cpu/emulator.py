@@ -1,7 +1,9 @@
 """The kernels for a GPU, compiled for the processor and called with torch tensors: the operators' raw interface."""
 
 import ctypes
+import re
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any, Optional
 
@@ -249,11 +251,18 @@ def _token(x: Tensor) -> Sequence:
     return Sequence(x.data_ptr(), _TYPES.index(x.dtype), *x.stride()[:2])
 
 
+@cache
+def _feature_maps() -> list[str]:
+    """Names in the order of the enumeration, from where the operators have them."""
+    (names,) = re.findall(r"names\[\] = \{(.*?)\}", (SOURCES / "fast_weights_decoding.h").read_text())
+    return re.findall(r'"(\w+)"', names)
+
+
 def _features(features: AddressFeatures, x: Tensor, state: Tensor) -> tuple[Features, Optional[Tensor]]:
     feature_map, nu, normalization, projection = features
     projection = None if projection is None else projection.to(state.dtype)
     address = Features(
-        ["none", "elu", "favor", "dpfp", "tanh"].index(feature_map),
+        _feature_maps().index(feature_map),
         ["none", "sum", "l2"].index(normalization),
         x.size(2),
         state.size(2),
