@@ -196,13 +196,17 @@ def test_a_pruned_model_generates_with_the_layers_that_it_keeps(given: dict[str,
     assert len(found) == 12 and found != hypotheses(expected)
 
 
-def test_alignments_are_printed_or_refused_before_anything_is_translated(given: dict[str, Any], kind: str) -> None:
-    if kind == "fast weights":
-        with pytest.raises(ValueError, match="--print-alignment"):
-            fairseq_generate(**given, print_alignment="hard")
-    else:
-        output = fairseq_generate(**given, print_alignment="hard")
-        assert len(re.findall(r"^A-\d+\t(\d+-\d+ ?)+$", output, re.M)) == 12
+def test_alignments_are_printed(given: dict[str, Any]) -> None:
+    plain = fairseq_generate(**given)
+    hard = fairseq_generate(**given, print_alignment="hard")
+    assert len(re.findall(r"^A-\d+\t(\d+-\d+ ?)+$", hard, re.M)) == 12
+    assert_same_hypotheses(plain, hard)
+    soft = re.findall(r"^A-\d+\t(.*)$", fairseq_generate(**given, print_alignment="soft"), re.M)
+    assert len(soft) == 12
+    for line in soft:
+        for word in line.split():
+            weights = [float(weight) for weight in word.split(",")]
+            assert min(weights) >= 0 and 0 < sum(weights) <= 1.02  # without that of the end of the sentence
 
 
 def test_bleu_of_a_validation_is_that_of_generation(trained: tuple[Path, Log], given: dict[str, Any]) -> None:

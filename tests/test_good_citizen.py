@@ -281,19 +281,22 @@ def test_dropout_is_retained_in_the_modules_that_fairseq_names(name: str) -> Non
 @pytest.mark.parametrize("option, value", [("print_alignment", "hard"), ("replace_unk", "dictionary.txt")])
 def test_alignments_are_refused_before_the_search_where_there_are_none(option: str, value: str) -> None:
     flag = option.replace("_", "-")
-    for flags in ([], places("fast-weight", "encoder-self-attention")):
+    for flags in ([], places("fast-weight")):
         build_translation(*flags).prepare_for_inference_(generation(**{option: value}))
-    model = build_translation(*places("fast-weight", "cross-attention"))
-    with pytest.raises(ValueError, match=f"--{flag} is {value}, .*--cross-attention softmax"):
+    model = build_translation(*places("fast-weight", "cross-attention"), "--update-rule", "fwm")
+    with pytest.raises(
+        ValueError, match=f"--{flag} is {value}, .* fwm has none: --cross-update-rule can be sum"
+    ):
         model.prepare_for_inference_(generation(**{option: value}))
     model.prepare_for_inference_(generation(**{option: None}))
 
 
-def test_alignments_to_learn_from_are_refused_before_the_training() -> None:
+def test_alignments_to_learn_from_are_refused_before_the_training_where_there_are_none() -> None:
     task = TranslationTask(TranslationConfig(load_alignments=True), WORDS, WORDS)
-    build_from_namespace("fwp_transformer", task, SIZES)
-    with pytest.raises(ValueError, match="--load-alignments is True, .*--cross-attention softmax"):
-        build_from_namespace("fwp_transformer", task, SIZES | {"cross_attention": "fast-weight"})
+    for more in ({}, {"cross_attention": "fast-weight"}):
+        build_from_namespace("fwp_transformer", task, SIZES | more)
+    with pytest.raises(ValueError, match="--load-alignments is True, .*--cross-update-rule can be"):
+        build_from_namespace("fwp_transformer", task, SIZES | {"cross_attention": "fast-weight", "update_rule": "fwm"})
 
 
 # --- Flags without effect --------------------------------------------------------------------------------------------

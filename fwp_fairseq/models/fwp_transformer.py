@@ -24,6 +24,7 @@ from fwp_fairseq.models.options import complete_pruning, name_dropout, plain_opt
 from fwp_fairseq.modules.carried_state import CarriesState, IncrementalState, InThread
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
+from fwp_fairseq.modules.fast_weight_cross_attention import FastWeightCrossAttention
 from fwp_fairseq.modules.fast_weight_layers import FastWeightDecoderLayer, FastWeightEncoderLayer, wrap_layer
 from fwp_fairseq.modules.few_rows_linear import use_few_rows_linear
 from fwp_fairseq.modules.places import (
@@ -35,12 +36,15 @@ from fwp_fairseq.modules.places import (
     AttentionKind,
     places_with_fast_weights,
 )
+from fwp_fairseq.ops import UPDATE_RULES
 
 logger = logging.getLogger(__name__)
 
 # Names in the incremental state: what the decoder has read ahead, and the modules that have a state.
 _AHEAD = "read_ahead"
 _MODULES = "modules"
+# Implied attention can be negative, and the criterion with alignments takes logarithms.
+_LEAST_WEIGHT = 1e-6
 
 # Sizes that follow another one unless they are given, as in fairseq's architectures.
 _FOLLOWS = {
@@ -197,6 +201,21 @@ class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
             attention.go_on_from(incremental_state, kept)
         self.set_incremental_state(incremental_state, _AHEAD, {"features": features, "attn": extra["attn"][0]})
 
+    def give_weights(self, wanted: bool) -> None:
+        """Whether cross-attention gives attention weights, which cost something (FastWeightCrossAttention)."""
+        for module in self.modules():
+            if isinstance(module, FastWeightCrossAttention):
+                module.with_weights = wanted
+
+    def extract_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As fairseq's, with attention as its criterion and searches expect it: above zero, and of sum one."""
+        features, extra = super().extract_features(*args, **kwargs)
+        (attn,) = extra["attn"]
+        if attn is not None and CROSS_ATTENTION in self.cfg.fast_weight_places:
+            attn = attn.clamp(min=_LEAST_WEIGHT)
+            extra["attn"] = [attn / attn.sum(dim=-1, keepdim=True)]
+        return features, extra
+
     def can_read_ahead(self) -> bool:
         """Whether all that decoding keeps of earlier tokens are fast weights."""
         return not self.cross_self_attention and all(
@@ -243,15 +262,19 @@ class FWPTransformerModel(LoadsCheckpoints, PicklesWhenPrepared, TransformerMode
         resolve_sizes(args, _FOLLOWS)
         cfg = TransformerConfig.from_namespace(args)
         attach_fast_weights(cfg, args)
-        _check_alignments(cfg, getattr(task, "cfg", None), "load_alignments")
+        with_alignments = _needs_weights(cfg, getattr(task, "cfg", None), "load_alignments")
         model = super().build_model(cfg, task)
+        if with_alignments:
+            model.decoder.give_weights(True)
         model.args = args  # as fairseq's `transformer` has it, and programs that use it read
         name_dropout(model)
         return model
 
     def prepare_for_inference_(self, cfg: Any) -> None:
-        _check_alignments(self.cfg, cfg.generation, "print_alignment", "replace_unk")
+        wanted = _needs_weights(self.cfg, cfg.generation, "print_alignment", "replace_unk")
         super().prepare_for_inference_(cfg)
+        if isinstance(self.decoder, FWPTransformerDecoder):
+            self.decoder.give_weights(wanted)
 
     @classmethod
     def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Module) -> nn.Module:
@@ -266,15 +289,19 @@ class FWPTransformerModel(LoadsCheckpoints, PicklesWhenPrepared, TransformerMode
         return FWPTransformerDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 
 
-def _check_alignments(cfg: Any, options: Any, *names: str) -> None:
-    """Raise ValueError if one of these options needs attention weights, and cross-attention has none."""
-    for name in names:
-        value = getattr(options, name, None)
-        if value and CROSS_ATTENTION in cfg.fast_weight_places:
+def _needs_weights(cfg: Any, options: Any, *names: str) -> bool:
+    """Whether one of these options needs attention weights. Raises ValueError if cross-attention has none."""
+    given = {name: value for name in names if (value := getattr(options, name, None))}
+    if given and CROSS_ATTENTION in cfg.fast_weight_places:
+        rule = cfg.fast_weights.for_place(CROSS_ATTENTION).rule
+        if rule.max_norm is not None:
+            (name, value), *_ = given.items()
+            allowed = ", ".join(name for name, rule in UPDATE_RULES.items() if rule.max_norm is None)
             raise ValueError(
-                f"--{name.replace('_', '-')} is {value}, which needs attention weights, and --cross-attention "
-                "fast-weight has none: allowed is --cross-attention softmax"
+                f"--{name.replace('_', '-')} is {value}, which needs attention weights, and cross-attention with the "
+                f"rule {rule.name} has none: --cross-update-rule can be {allowed}"
             )
+    return bool(given)
 
 
 # Sizes and dropout of fairseq's architectures of the same names. The first is registered with the model already, but

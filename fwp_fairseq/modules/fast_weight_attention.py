@@ -40,7 +40,8 @@ class FastWeightAttention(AttentionWithState):
     In incremental decoding the state is the memory, (B, H, Dk, Dv) float32, with attention normalisation the
     normalizer, (B, H, Dk, 1), and what mixing keeps; none of it grows.
 
-    Shapes are fairseq's: time first, (L, B, embed_dim). The second output, attention weights, is always None.
+    Shapes are fairseq's: time first, (L, B, embed_dim). The second output is None unless attention weights are asked
+    for: then it is those by which the values are read (``ops.implied_attention``).
     """
 
     encoder_decoder_attention = False
@@ -159,22 +160,35 @@ class FastWeightAttention(AttentionWithState):
         attn_mask: Optional[Tensor] = None,
         before_softmax: bool = False,
         need_head_weights: bool = False,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Optional[Tensor]]:
         """query: (T, B, embed_dim), key, value: (S, B, kdim / vdim), key_padding_mask: (B, S), True at padding.
 
         Causal attention takes ``attn_mask`` for what it is, the mask of the future, which the order of writes implies.
         Its key may be longer than its query: what comes before the first query is written first. Raises ValueError for
-        an ``attn_mask`` on the whole memory, which cannot hide one token from one query. Arguments about attention
-        weights are accepted and have no effect. Returns ((T, B, embed_dim), None).
+        an ``attn_mask`` on the whole memory, which cannot hide one token from one query.
+
+        Returns (T, B, embed_dim), and, with ``need_weights``, implied attention weights, (B, T, S), or those of each
+        head, (num_heads, B, T, S), with ``need_head_weights``. They are None where the tokens before are not there any
+        more (causal attention that goes on from a state), and with a bound on the memory (FWM).
         """
         if attn_mask is not None and not self.causal:
             raise ValueError("fast weights read the memory as a whole: an attn_mask needs softmax attention here")
-        read, tokens = self._attend(query, key, value, key_padding_mask, incremental_state)
+        weights_wanted = (need_weights or need_head_weights) and self.gives_weights
+        read, tokens = self._attend(query, key, value, key_padding_mask, incremental_state, weights_wanted)
+        weights = None
+        if read.size(3) > self.head_dim:
+            read, weights = read[..., : self.head_dim], read[..., self.head_dim :].transpose(0, 1)
+            weights = weights if need_head_weights else weights.mean(dim=0)
         for stage in self.stages(ReadOut):
             read = stage(read, tokens)
         # (B, H, T, head_dim) -> (T, B, embed_dim)
         read = read.permute(2, 0, 1, 3).reshape(query.shape)
-        return self.out_proj(self.dropout_module(read)), None
+        return self.out_proj(self.dropout_module(read)), weights if weights_wanted else None
+
+    @property
+    def gives_weights(self) -> bool:
+        """Whether there are attention weights for those who ask."""
+        return self.rule.max_norm is None
 
     def _attend(
         self,
@@ -183,12 +197,20 @@ class FastWeightAttention(AttentionWithState):
         value: Optional[Tensor],
         padding: Optional[Tensor],
         incremental_state: Optional[IncrementalState],
+        weights_wanted: bool,
     ) -> tuple[Tensor, Tokens]:
-        """What the queries read, (B, H, T, head_dim), and the tokens that they are of."""
+        """What the queries read, (B, H, T, head_dim), and the tokens that they are of.
+
+        Where weights are wanted, and can be had, each token's value has more columns, which say which token it is, and
+        what is read has S more, which are the weights.
+        """
         state = self._kept(incremental_state, query.size(1)) if self.causal else AttentionState()
+        stateless = incremental_state is None and self._carried() is None
         decoding = self.causal and incremental_state is not None
         tokens = self._mix(self._project(query, key, value, padding, decoding), state)
         gates = self.gates(tokens)
+        if weights_wanted and (stateless or not self.causal):
+            tokens = that_say_which(tokens)
         if not self.causal:
             read, *_ = self.recurrence.whole(tokens.q, tokens.k, tokens.v, gates, self.features)
             return read.to(query.dtype), tokens
@@ -226,3 +248,9 @@ class FastWeightAttention(AttentionWithState):
         if length == 1:
             return x.reshape(rows, self.num_heads, 1, width // self.num_heads)
         return x.reshape(length, rows, self.num_heads, width // self.num_heads).permute(1, 2, 0, 3)
+
+
+def that_say_which(tokens: Tokens) -> Tokens:
+    """Values with S more columns, one at their own token and zero elsewhere: what is read of them are weights."""
+    which = torch.eye(tokens.v.size(2), device=tokens.v.device, dtype=tokens.v.dtype)
+    return tokens._replace(v=torch.cat([tokens.v, which.expand(*tokens.v.shape[:2], -1, -1)], dim=3))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fwp_fairseq.modules.attention_state import MEMORY, NORMALIZER, AttentionState, beams_of
 from fwp_fairseq.modules.carried_state import IncrementalState
-from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
+from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention, that_say_which
 from fwp_fairseq.modules.stages import Tokens
 
 
@@ -15,14 +15,24 @@ class FastWeightCrossAttention(FastWeightAttention):
 
     In incremental decoding the source is written in the first step, once for all beams of a sentence, which share the
     memory from then on; key and value are not looked at again.
+
+    Attention weights are given in evaluation, and in training if ``with_weights`` says so. In decoding they cost a
+    memory of as many more columns as the source has tokens.
     """
 
     encoder_decoder_attention = True
+    # Whether weights are given to those who ask; None: in evaluation. fairseq's decoder asks its last layer always.
+    with_weights: Optional[bool] = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.causal:
             raise ValueError("cross-attention reads the whole memory: causal=True does not go with it")
+
+    @property
+    def gives_weights(self) -> bool:
+        wanted = not self.training if self.with_weights is None else self.with_weights
+        return wanted and super().gives_weights
 
     def _attend(
         self,
@@ -31,6 +41,7 @@ class FastWeightCrossAttention(FastWeightAttention):
         value: Optional[Tensor],
         padding: Optional[Tensor],
         incremental_state: Optional[IncrementalState],
+        weights_wanted: bool,
     ) -> tuple[Tensor, Tokens]:
         decoding = incremental_state is not None
         state = self._kept(incremental_state, query.size(1)) if decoding else AttentionState()
@@ -44,6 +55,7 @@ class FastWeightCrossAttention(FastWeightAttention):
                 padding = None if padding is None else padding[::beams]
             source = self._mix(self._project(None, key, value, padding), AttentionState())
             gates = self.gates(source)
+            source = that_say_which(source) if weights_wanted else source
             read, memory, normalizer = self.recurrence.whole(asked.q, source.k, source.v, gates, self.features)
             state.share(query.size(1), **{MEMORY: memory, NORMALIZER: normalizer})
         else:

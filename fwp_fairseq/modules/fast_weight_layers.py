@@ -28,6 +28,12 @@ class FastWeightEncoderLayer(TransformerEncoderLayerBase):
 class FastWeightDecoderLayer(TransformerDecoderLayerBase):
     """fairseq's decoder layer, with fast weights for self- and cross-attention where the configuration says so."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Of softmax fairseq asks for weights that nobody looks at.
+        if isinstance(self.encoder_attn, FastWeightCrossAttention):
+            self.need_attn = False
+
     def build_self_attention(
         self, embed_dim: int, cfg: Any, add_bias_kv: bool = False, add_zero_attn: bool = False
     ) -> nn.Module:

@@ -20,6 +20,7 @@ from fwp_fairseq.ops.feature_maps import (
     l2_normalize,
     sum_normalize,
 )
+from fwp_fairseq.ops.implied_attention import implied_attention, memory_of_tokens
 from fwp_fairseq.ops.options import Option
 from fwp_fairseq.ops.update_rules import UPDATE_RULES, Gates, Scalars, UpdateRule
 
@@ -42,7 +43,9 @@ __all__ = [
     "fast_weight_step",
     "favor_plus",
     "favor_plus_normalized",
+    "implied_attention",
     "l2_normalize",
+    "memory_of_tokens",
     "normalized_memory",
     "normalized_read",
     "normalized_scan",
