@@ -284,9 +284,7 @@ def test_alignments_are_refused_before_the_search_where_there_are_none(option: s
     for flags in ([], places("fast-weight")):
         build_translation(*flags).prepare_for_inference_(generation(**{option: value}))
     model = build_translation(*places("fast-weight", "cross-attention"), "--update-rule", "fwm")
-    with pytest.raises(
-        ValueError, match=f"--{flag} is {value}, .* fwm has none: --cross-update-rule can be sum"
-    ):
+    with pytest.raises(ValueError, match=f"--{flag} is {value}, .* fwm has none: --cross-update-rule can be sum"):
         model.prepare_for_inference_(generation(**{option: value}))
     model.prepare_for_inference_(generation(**{option: None}))
 
@@ -350,7 +348,7 @@ def warned(caplog: Any) -> list[str]:
 
 
 def test_every_option_of_fast_weights_is_tried() -> None:
-    assert {*CHANGES, "fast_weight_backend", "cpu", "_name"} == set(FastWeightConfig.__dataclass_fields__)
+    assert {*CHANGES, "fast_weight_backend", "log_memory", "cpu", "_name"} == set(FastWeightConfig.__dataclass_fields__)
 
 
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)

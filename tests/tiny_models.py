@@ -1,6 +1,7 @@
 """Tiny models for tests, built from command-line flags as fairseq-train would build them."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import OmegaConf
 from torch import Tensor
 
 import fwp_fairseq.models  # noqa: F401  (registers the architectures)
+from fwp_fairseq.safetensors_checkpoint import checkpoint_state
 from fwp_fairseq.tasks.streaming_language_modeling import StreamingLanguageModelingTask
 
 PLACES = ("encoder-self-attention", "decoder-self-attention", "cross-attention")
@@ -101,3 +104,22 @@ def decode_step_by_step(decoder: Any, prev_output_tokens: Tensor, encoder_out: A
             )
             steps.append(logits)
     return torch.cat(steps, dim=1), incremental_state
+
+
+def save_checkpoint(folder: Path, task: str, arch: str, *flags: str, words: int = 30) -> Path:
+    """A checkpoint of random parameters, beside its dictionaries: of languages a and b, if it translates."""
+    made = dictionary(words)
+    for name in ("dict.a.txt", "dict.b.txt") if task == "translation" else ("dict.txt",):
+        made.save(str(folder / name))
+    cfg = convert_namespace_to_omegaconf(parse(task, arch, *flags))
+    if task == "translation":
+        cfg.task.source_lang, cfg.task.target_lang = "a", "b"
+        built: Any = TranslationTask(cfg.task, made, made)
+    else:
+        built = LanguageModelingTask(cfg.task, made)
+    state = {
+        "model": models.build_model(cfg.model, built).state_dict(),
+        "cfg": OmegaConf.to_container(cfg, resolve=True, enum_to_str=True),
+    }
+    torch.save(checkpoint_state(**state), folder / "checkpoint.pt")
+    return folder / "checkpoint.pt"

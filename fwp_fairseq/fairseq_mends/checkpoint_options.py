@@ -56,8 +56,8 @@ def fast_weight_flags(options: Mapping[str, Any]) -> dict[str, str]:
     places = places_with_fast_weights(namespace, there if architecture.startswith("fwp_transformer") else ())
     flags = {place.replace("_", "-"): "fast-weight" if place in places else "softmax" for place in PLACES}
     config = FastWeightConfig.from_args(namespace)
-    # These change how it is computed, not what.
-    ignored = {"_name", "cpu", "fast_weight_backend", *config.without_effect(places)}
+    # These change how it is computed, or what is said of it.
+    ignored = {"_name", "cpu", "fast_weight_backend", "log_memory", *config.without_effect(places)}
     # Those of every model first: what a map or a rule has follows from these.
     for name in sorted((option.name for option in fields(config)), key=lambda name: name in OWNERS_OF_CHOICES):
         if name not in ignored:

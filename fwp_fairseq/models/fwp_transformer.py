@@ -20,6 +20,7 @@ from fairseq.models.transformer import (
 from fairseq.models.transformer import transformer_legacy as fairseq_architectures
 from torch import Tensor, nn
 
+from fwp_fairseq.models.memory_log import LogsMemory
 from fwp_fairseq.models.options import complete_pruning, name_dropout, plain_options
 from fwp_fairseq.modules.carried_state import CarriesState, IncrementalState, InThread
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
@@ -248,7 +249,7 @@ class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
 
 
 @register_model("fwp_transformer", dataclass=FWPTransformerConfig)
-class FWPTransformerModel(LoadsCheckpoints, PicklesWhenPrepared, TransformerModelBase):
+class FWPTransformerModel(LogsMemory, LoadsCheckpoints, PicklesWhenPrepared, TransformerModelBase):
     """Encoder-decoder Transformer with fast weights; with softmax in every place it is fairseq's own."""
 
     @classmethod
@@ -266,6 +267,7 @@ class FWPTransformerModel(LoadsCheckpoints, PicklesWhenPrepared, TransformerMode
         model = super().build_model(cfg, task)
         if with_alignments:
             model.decoder.give_weights(True)
+        model.log_memory = cfg.fast_weights.log_memory
         model.args = args  # as fairseq's `transformer` has it, and programs that use it read
         name_dropout(model)
         return model

@@ -21,6 +21,7 @@ from fwp_fairseq.models.fwp_transformer import (
     resolve_sizes,
     size_that_follows,
 )
+from fwp_fairseq.models.memory_log import LogsMemory
 from fwp_fairseq.models.options import name_dropout, plain_options
 from fwp_fairseq.modules.carried_state import CarriesState
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
@@ -40,7 +41,7 @@ class LanguageModelConfig(TransformerLanguageModelConfig):
     decoder_output_dim: Optional[int] = size_that_follows("decoder_embed_dim")
 
 
-class LanguageModel(LoadsCheckpoints, PicklesWhenPrepared, TransformerLanguageModel):
+class LanguageModel(LogsMemory, LoadsCheckpoints, PicklesWhenPrepared, TransformerLanguageModel):
     """fairseq's transformer_lm with a decoder of another kind, which subclasses build."""
 
     @classmethod
@@ -61,6 +62,7 @@ class LanguageModel(LoadsCheckpoints, PicklesWhenPrepared, TransformerLanguageMo
         cfg = TransformerConfig.from_namespace(args)
         cfg.adaptive_softmax_cutoff = _cutoffs(args, "adaptive_softmax_cutoff", task.target_dictionary)
         model = cls(cls.build_decoder(cfg, args, task.target_dictionary, embed_tokens))
+        model.log_memory = getattr(args, "log_memory", 0)
         name_dropout(model)
         return model
 

@@ -93,6 +93,10 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
     fast_weight_backend: ChoiceEnum(["auto", *BACKENDS]) = field(  # type: ignore[valid-type]
         default="auto", metadata={"help": "implementation of the fast-weight recurrence in training"}
     )
+    log_memory: int = field(
+        default=0,
+        metadata={"help": "log write strengths, decays, norm and rank of the memories every so many updates; 0: never"},
+    )
     # fairseq's own flag, which says that no GPU will be used.
     cpu: bool = II("common.cpu")
 
@@ -187,6 +191,8 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
         combinations that are allowed but known to diverge or to hurt.
         """
         _check_choice("--key-normalization", self.key_normalization, KEY_NORMALIZATIONS)
+        if self.log_memory < 0:
+            raise ValueError(f"--log-memory is {self.log_memory}, it must be at least 0")
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(
                 f"--{place}-attention-heads is {num_heads}, it must divide --{place}-embed-dim, which is {embed_dim}"

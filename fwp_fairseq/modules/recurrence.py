@@ -61,7 +61,7 @@ class Recurrence(NamedTuple):
         before = k.size(2) - q.size(2)
         if before > 0:
             earlier = k[:, :, :before], v[:, :, :before], _cut(gates, slice(0, before))
-            memory, normalizer = self._write(*earlier, memory, normalizer)
+            memory, normalizer = self.write(*earlier, memory, normalizer)
             k, v, gates = k[:, :, before:], v[:, :, before:], _cut(gates, slice(before, None))
         if one_token and memory is not None:
             read = self._step(q[:, :, 0], k[:, :, 0], v[:, :, 0], _cut(gates, 0), memory, normalizer)[:, :, None]
@@ -84,7 +84,7 @@ class Recurrence(NamedTuple):
         There may be more rows of queries than of what is written: neighbours then share a memory, each as many.
         """
         q, k = features(q, k)
-        memory, normalizer = self._write(k, v, gates)
+        memory, normalizer = self.write(k, v, gates)
         return self._read(q, memory, normalizer), memory, normalizer
 
     def read(self, q: Tensor, memory: Tensor, normalizer: Optional[Tensor], features: KeyFeatures) -> Tensor:
@@ -120,9 +120,10 @@ class Recurrence(NamedTuple):
             lambda order, places: native.step(q, k, v, write, erase, decay, memory, normalizer, order, places, compiled)
         ).unsqueeze(2)
 
-    def _write(
+    def write(
         self, k: Tensor, v: Tensor, gates: Gates, memory: Optional[Tensor] = None, normalizer: Optional[Tensor] = None
     ) -> Memory:
+        """The memory after these tokens, of keys as mapped, and the normalizer."""
         if self.normalized:
             return normalized_memory(
                 k, v, gates, initial_state=memory, initial_normalizer=normalizer, backend=self.backend
