@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from fwp_fairseq.onnx_export.model_graphs import ModelGraphs
 RECIPE = ROOT / "recipes" / "onnx"
 sys.path.insert(0, str(RECIPE))
 
+import agreement  # noqa: E402
 from beam_search import SearchOptions, Special, batches, search, top  # noqa: E402
 from exported import BadModel, ExportedModel  # noqa: E402
 from pieces import MergedPairs  # noqa: E402
@@ -356,6 +358,25 @@ def test_the_program_needs_no_torch_and_no_fairseq_and_translates_as_fairseq_int
     assert [text for _, text in found] == [text for _, text in expected]
     np.testing.assert_allclose([float(s) for s, _ in found], [float(s) for s, _ in expected], atol=2e-4)
     assert bare_python("translate.py", model_folder, "--threads", 1, stdin="").stdout == ""
+
+
+def test_how_far_fairseq_and_exported_models_agree_can_be_shown(
+    checkpoint: Checkpoint, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, other = tmp_path / "source", tmp_path / "other"
+    source.write_text(checkpoint.text)
+    export_onnx.main(f"--path {checkpoint.path} --output {other} --quantize int8".split())
+    capsys.readouterr()
+    command = ["--path", str(checkpoint.path), "--source", str(source), "--reference", str(source), "--max-len-b", "9"]
+    agreement.main([*command, str(model_folder), str(other)])
+    head, fairseq, same, quantized = capsys.readouterr().out.splitlines()
+    assert head == "60 lines, beam 5" and re.fullmatch(r"fairseq: BLEU [\d.]+", fairseq)
+    assert re.search(r"the same words in 60, a tie in 0, others in 0, log-probabilities differ by [\d.]+e-0[5-9] at", same)
+    assert float(re.search(r"differ by (\S+)", quantized)[1]) > 1e-3
+    source.write_text("w1\n")
+    with pytest.raises(SystemExit, match="has 60 lines, .* has 1"):
+        (tmp_path / "reference").write_text(checkpoint.text)
+        agreement.main([*command[:5], str(tmp_path / "reference"), str(model_folder)])
 
 
 def test_a_line_without_words_gives_an_empty_line(model_folder: Path, bare_python: Any) -> None:

@@ -123,8 +123,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     """Look, and say what was written; leave with a message and status 1 if it cannot be done."""
     parser = build_parser()
     args = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING)
-    logging.disable(logging.INFO)
+    logging.basicConfig(level=logging.WARNING)  # some modules of fairseq would have everything logged
     try:
         import matplotlib  # noqa: F401
     except ImportError:
