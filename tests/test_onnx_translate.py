@@ -371,7 +371,9 @@ def test_how_far_fairseq_and_exported_models_agree_can_be_shown(
     agreement.main([*command, str(model_folder), str(other)])
     head, fairseq, same, quantized = capsys.readouterr().out.splitlines()
     assert head == "60 lines, beam 5" and re.fullmatch(r"fairseq: BLEU [\d.]+", fairseq)
-    assert re.search(r"the same words in 60, a tie in 0, others in 0, log-probabilities differ by [\d.]+e-0[5-9] at", same)
+    assert re.search(
+        r"the same words in 60, a tie in 0, others in 0, log-probabilities differ by [\d.]+e-0[5-9] at", same
+    )
     assert float(re.search(r"differ by (\S+)", quantized)[1]) > 1e-3
     source.write_text("w1\n")
     with pytest.raises(SystemExit, match="has 60 lines, .* has 1"):
