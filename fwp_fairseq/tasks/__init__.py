@@ -5,6 +5,18 @@ from fwp_fairseq._registration import require_fairseq
 require_fairseq()
 
 from fwp_fairseq import criterions, optim  # noqa: E402
-from fwp_fairseq.tasks import associative_retrieval, parallel_prefix, streaming_language_modeling  # noqa: E402
+from fwp_fairseq.tasks import (  # noqa: E402
+    associative_retrieval,
+    parallel_prefix,
+    state_tracking,
+    streaming_language_modeling,
+)
 
-__all__ = ["associative_retrieval", "criterions", "optim", "parallel_prefix", "streaming_language_modeling"]
+__all__ = [
+    "associative_retrieval",
+    "criterions",
+    "optim",
+    "parallel_prefix",
+    "state_tracking",
+    "streaming_language_modeling",
+]
