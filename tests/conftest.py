@@ -58,14 +58,20 @@ def find_script(name: str) -> str:
 def run() -> Run:
     """Run a command in the clone; its output is text, and status 0 is asserted unless ``check`` is False.
 
-    The command is a console script and its arguments, or ``python`` and its arguments. With variables of the
-    environment it is started anew; else by ``forked_python``.
+    The command is a console script and its arguments, or ``python`` and its arguments; variables are of its
+    environment. It is started by ``forked_python``, or ``anew`` where it must not have imported anything.
     """
 
     def run(
-        command: str, *args: object, check: bool = True, stdin: str = "", cwd: Path = ROOT, **variables: str
+        command: str,
+        *args: object,
+        check: bool = True,
+        stdin: str = "",
+        cwd: Path = ROOT,
+        anew: bool = False,
+        **variables: str,
     ) -> subprocess.CompletedProcess[str]:
-        forked = [] if variables else [forked_python.path()]
+        forked = [] if anew else [forked_python.path()]
         program = (forked or [sys.executable]) if command == "python" else [*forked, find_script(command)]
         result = subprocess.run(
             [*program, *map(str, args)],
