@@ -36,8 +36,9 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 # In the order of their time, for --dist loadfile --no-loadscope-reorder: two processes then end at about the same time.
 LONGEST_FILES = (
-    *("wikitext103_recipe", "ui_strings_recipe", "wmt14_recipe", "streaming", "ops_transforms", "cuda_on_cpu"),
-    *("package", "onnx_translate", "as_fairseq_binaries", "transformer_xl", "checkpoints", "cuda_compile", "saving"),
+    *("cuda_on_cpu", "wikitext103_recipe", "cuda_compile", "precision_options", "streaming", "package"),
+    *("as_fairseq_binaries", "models", "ops_contract", "end_to_end", "ui_strings_recipe", "native", "ops_transforms"),
+    *("wmt14_recipe", "good_citizen", "concurrency", "mends", "resuming", "saving", "damaged_files", "checkpoints"),
 )
 
 

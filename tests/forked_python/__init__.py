@@ -2,9 +2,9 @@
 
 Most of the time of a small command goes into these imports. A server that has done them forks a process for each call
 of the ``python`` that ``path`` names. That process has the arguments, folder, environment and standard streams of the
-call, has not imported the plugin, takes the signals that the caller gets, and ends when the caller is killed. What must
-be new from its very start, such as the reading of PYTHON* variables that torch or the interpreter look at early, wants
-``sys.executable``.
+call, has not imported the plugin, takes the signals that the caller gets, and ends when the caller is killed; so do the
+processes that torchrun starts from it. What must be new from its very start, such as the reading of PYTHON* variables
+that torch or the interpreter look at early, and what is about the end of the interpreter, wants ``sys.executable``.
 """
 
 import atexit
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -47,4 +48,5 @@ def _start() -> str:
     while not (folder / "socket").exists():
         if "Error" in (folder / "log").read_text():
             raise RuntimeError((folder / "log").read_text())
+        time.sleep(0.01)
     return str(program)
