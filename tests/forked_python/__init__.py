@@ -3,8 +3,9 @@
 Most of the time of a small command goes into these imports. A server that has done them forks a process for each call
 of the ``python`` that ``path`` names. That process has the arguments, folder, environment and standard streams of the
 call, has not imported the plugin, takes the signals that the caller gets, and ends when the caller is killed. The
-processes that a torchrun among them starts are made in the same way. What must be new from its very start, such as the reading of PYTHON* variables
-that torch or the interpreter look at early, and what is about the end of the interpreter, wants ``sys.executable``.
+processes that a torchrun among them starts are made in the same way. What must be new from its very start, such as the
+reading of PYTHON* variables that torch or the interpreter look at early, and what is about how the interpreter ends,
+wants ``sys.executable``.
 """
 
 import atexit
