@@ -36,8 +36,9 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 # In the order of their time, for --dist loadfile --no-loadscope-reorder: two processes then end at about the same time.
 LONGEST_FILES = (
-    *("wikitext103_recipe", "ui_strings_recipe", "wmt14_recipe", "streaming", "ops_transforms", "cuda_on_cpu"),
-    *("package", "onnx_translate", "as_fairseq_binaries", "transformer_xl", "checkpoints", "cuda_compile", "saving"),
+    *("cuda_on_cpu", "wikitext103_recipe", "cuda_compile", "precision_options", "streaming", "package"),
+    *("as_fairseq_binaries", "models", "ops_contract", "end_to_end", "ui_strings_recipe", "native", "ops_transforms"),
+    *("wmt14_recipe", "good_citizen", "concurrency", "mends", "resuming", "saving", "damaged_files", "checkpoints"),
 )
 
 
@@ -58,14 +59,20 @@ def find_script(name: str) -> str:
 def run() -> Run:
     """Run a command in the clone; its output is text, and status 0 is asserted unless ``check`` is False.
 
-    The command is a console script and its arguments, or ``python`` and its arguments. With variables of the
-    environment it is started anew; else by ``forked_python``.
+    The command is a console script and its arguments, or ``python`` and its arguments; variables are of its
+    environment. It is started by ``forked_python``, or ``anew`` where it must not have imported anything.
     """
 
     def run(
-        command: str, *args: object, check: bool = True, stdin: str = "", cwd: Path = ROOT, **variables: str
+        command: str,
+        *args: object,
+        check: bool = True,
+        stdin: str = "",
+        cwd: Path = ROOT,
+        anew: bool = False,
+        **variables: str,
     ) -> subprocess.CompletedProcess[str]:
-        forked = [] if variables else [forked_python.path()]
+        forked = [] if anew else [forked_python.path()]
         program = (forked or [sys.executable]) if command == "python" else [*forked, find_script(command)]
         result = subprocess.run(
             [*program, *map(str, args)],

@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import test_decoding
 import torch
+from registered import UNBOUNDED_RULES
 from test_ops_contract import SHAPES, assert_agree, make_inputs, results, rules
 from torch import Tensor
 
@@ -120,7 +121,7 @@ def plain_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("rule", test_decoding.RULES)
+@pytest.mark.parametrize("rule", UNBOUNDED_RULES)
 @test_decoding.readings
 def test_steps_in_any_order(plain_on_cpu, rule, feature_map, normalization, normalized):
     test_decoding.test_steps_in_any_order_equal_plain_steps_of_gathered_memories(

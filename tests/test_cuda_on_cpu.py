@@ -24,6 +24,7 @@ import test_decoding  # noqa: E402
 from cases import all_is_right, in_child, scan_errors  # noqa: E402
 from emulator import SOURCES, Kernels, Problem, compile_kernels  # noqa: E402
 from mistakes import compile_with_mistakes  # noqa: E402
+from registered import UNBOUNDED_RULES  # noqa: E402
 from test_ops_contract import make_inputs  # noqa: E402
 
 from fwp_fairseq.ops import native  # noqa: E402
@@ -149,7 +150,7 @@ def on_cpu(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "read", kernels.read)
 
 
-@pytest.mark.parametrize("rule", test_decoding.RULES)
+@pytest.mark.parametrize("rule", UNBOUNDED_RULES)
 @test_decoding.readings
 def test_steps_in_any_order(on_cpu, rule, feature_map, normalization, normalized):
     test_decoding.test_steps_in_any_order_equal_plain_steps_of_gathered_memories(
@@ -157,7 +158,7 @@ def test_steps_in_any_order(on_cpu, rule, feature_map, normalization, normalized
     )
 
 
-@pytest.mark.parametrize("rule", test_decoding.RULES)
+@pytest.mark.parametrize("rule", UNBOUNDED_RULES)
 @pytest.mark.parametrize("normalized", [False, True])
 def test_steps_accumulate_in_double_for_doubles(on_cpu, rule, normalized):
     test_decoding.test_steps_in_any_order_equal_plain_steps_of_gathered_memories(
@@ -170,7 +171,7 @@ def test_steps_accumulate_in_double_for_doubles(on_cpu, rule, normalized):
     rows=st.integers(1, 6),
     d_key=st.integers(1, 7),
     d_v=st.integers(1, 70),
-    rule=st.sampled_from(test_decoding.RULES),
+    rule=st.sampled_from(UNBOUNDED_RULES),
     normalized=st.booleans(),
     draw=st.data(),
 )
@@ -213,7 +214,7 @@ def test_an_order_that_points_nowhere_ends_the_kernel(kernels, order, places, go
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rule", test_decoding.RULES)
+@pytest.mark.parametrize("rule", UNBOUNDED_RULES)
 def test_half_precision_steps(on_cpu, rule, dtype):
     test_decoding.test_half_precision_steps_keep_a_float32_memory(rule, dtype, TOLERANCE[dtype])
 

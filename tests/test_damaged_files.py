@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -106,7 +104,7 @@ WRONG = [
 ]
 
 
-def test_a_wrong_flag_or_pair_is_named_in_the_last_line(corpus: Corpus, tmp_path: Path) -> None:
+def test_a_wrong_flag_or_pair_is_named_in_the_last_line(corpus: Corpus, run: Run, tmp_path: Path) -> None:
     # All in forks of one process: the imports take most of the time of a command that is refused.
     code = """
 import json, sys
@@ -121,14 +119,8 @@ for flags in wrong:
 """
     common = [str(option) for option in (corpus.translation, *TRAINING, "--arch", "fwp_transformer")]
     arguments = [json.dumps(common), *(json.dumps(flags.split()) for flags, *_ in WRONG)]
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "log"), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-    )
-    assert done.returncode == 0, done.stderr
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = run("python", "-c", code, tmp_path / "log", *arguments, PYTHONPATH=path)
     # fairseq has messages of its own.
     lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
     for (flags, status, words), line in zip(WRONG, lines, strict=True):

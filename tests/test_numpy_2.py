@@ -90,5 +90,5 @@ def test_it_is_the_same_on_the_other_side_of_version_2_and_arrays_in_checkpoints
         pytest.skip(f"numpy {OTHER_NUMPY} could not be installed")
     written = write_arrays(tmp_path / "here.pt")
     path = os.pathsep.join(map(str, (site, ROOT, ROOT / "tests")))
-    run("python", "-W", "ignore", "-c", ON_THE_OTHER_SIDE, OTHER_NUMPY, tmp_path, PYTHONPATH=path)
+    run("python", "-W", "ignore", "-c", ON_THE_OTHER_SIDE, OTHER_NUMPY, tmp_path, anew=True, PYTHONPATH=path)
     assert arrays_in(tmp_path / "there.pt") == written

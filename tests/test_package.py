@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from compiled import caching_compiler
 from conftest import ROOT, Corpus, Run, needs_native
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -21,7 +22,7 @@ from fwp_fairseq.ops import native
 
 
 @pytest.fixture(scope="module")
-def installed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(run: Run, tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Path:
     """Folder with the package as pip installs it from a wheel."""
     folder = tmp_path_factory.mktemp("installed")
     # Built from a copy: the build leaves files beside setup.py, and would take in those of an earlier one.
@@ -31,7 +32,9 @@ def installed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     site = folder / "site"
-    run("python", "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", site, source)
+    compiler = caching_compiler(compiled, folder, versions=Path(torch.version.__file__))
+    install = ("-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", site, source)
+    run("python", *install, **({"CXX": str(compiler)} if shutil.which("g++") else {}))
     return site
 
 
@@ -66,8 +69,7 @@ def test_the_module_lists_what_is_changed_in_fairseq(run: Run) -> None:
     pytest.importorskip("fairseq")
     from fwp_fairseq.fairseq_mends import MENDS
 
-    # A variable, so that the process has not imported fairseq.
-    blocks = run("python", "-m", "fwp_fairseq", "--mends", PYTHONPATH=str(ROOT)).stdout.strip().split("\n\n")
+    blocks = run("python", "-m", "fwp_fairseq", "--mends", anew=True).stdout.strip().split("\n\n")
     assert [block.split(":")[0] for block in blocks] == list(MENDS)
     assert all("\n    changes: " in block and "\n    It can go " in block for block in blocks)
 

@@ -3,8 +3,6 @@
 import os
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,14 +137,10 @@ def test_training_on_a_full_disk_ends_with_one_sentence_and_goes_on_from_its_las
     corpus: Corpus, run: Run, tmp_path: Path
 ) -> None:
     command = ("fairseq-train", corpus.translation, *TRAINING, "--save-dir", tmp_path / "full", "--max-update", 4)
-    limited = subprocess.run(
-        # In blocks of 1,024 bytes; the checkpoint has some 160.
-        ["bash", "-c", 'ulimit -f 100 && exec "$@"', "-", find_script(command[0]), *map(str, command[1:])],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    # The checkpoint has some 160 kilobytes.
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 1024,) * 2)"
+    code = f"import resource, runpy, sys; {limit}; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    limited = run("python", "-c", code, find_script(command[0]), *command[1:], check=False)
     assert limited.returncode == 1
     last_line = limited.stderr.strip().splitlines()[-1]
     assert last_line.startswith("OSError:") and "could not be written (File too large)" in last_line
@@ -172,7 +166,7 @@ def test_a_training_that_explodes_ends_in_an_error_and_keeps_its_last_sound_chec
     assert all(value.isfinite().all() for value in kept.values())
 
 
-def test_a_training_that_is_killed_four_times_ends_with_the_same_bits(corpus: Corpus, tmp_path: Path) -> None:
+def test_a_training_that_is_killed_four_times_ends_with_the_same_bits(corpus: Corpus, run: Run, tmp_path: Path) -> None:
     """A sample of campaigns/kills.py."""
     code = """
 import random, sys
@@ -191,14 +185,7 @@ assert training.same_bits(home / "run" / "checkpoint_last.pt", home / "unkilled"
 assert any(start["killed"] for start in starts)
 """
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "campaigns")])
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(corpus.translation), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run("python", "-c", code, corpus.translation, tmp_path, PYTHONPATH=path)
 
 
 def test_kills_are_counted_where_the_messages_of_a_training_end() -> None:

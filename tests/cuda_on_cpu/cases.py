@@ -140,14 +140,15 @@ def scans_are_right(kernels: Kernels) -> bool:
 
 
 def steps_are_right(kernels: Kernels) -> bool:
+    """What takes least time comes first: most mistakes show in all of it."""
     orders = [None, [5, 5, 5, 0, 1, 1], [2, 2, 2, 2, 2, 2], [3, 1, 1, 0], [1, 1, 0]]
     try:
         return (
-            all(
+            all(reads_are_right(kernels, normalized) for normalized in (False, True))
+            and all(
                 decoding_error(kernels, "gated-delta", *reading, orders) < 1e-4
-                for reading in (("favor", "sum", True), ("favor", "l2", False), ("dpfp", "sum", True))
+                for reading in (("dpfp", "sum", True), ("favor", "sum", True), ("favor", "l2", False))
             )
-            and all(reads_are_right(kernels, normalized) for normalized in (False, True))
             and decoding_error(kernels, "sum", "elu", "sum", False, [[i // 2 for i in range(280)]], rows=280) < 1e-4
         )
     except LaunchError:

@@ -2,9 +2,10 @@
 
 Most of the time of a small command goes into these imports. A server that has done them forks a process for each call
 of the ``python`` that ``path`` names. That process has the arguments, folder, environment and standard streams of the
-call, has not imported the plugin, takes the signals that the caller gets, and ends when the caller is killed. What must
-be new from its very start, such as the reading of PYTHON* variables that torch or the interpreter look at early, wants
-``sys.executable``.
+call, has not imported the plugin, takes the signals that the caller gets, and ends when the caller is killed. The
+processes that a torchrun among them starts are made in the same way. What must be new from its very start, such as the
+reading of PYTHON* variables that torch or the interpreter look at early, and what is about how the interpreter ends,
+wants ``sys.executable``.
 """
 
 import atexit
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -47,4 +49,5 @@ def _start() -> str:
     while not (folder / "socket").exists():
         if "Error" in (folder / "log").read_text():
             raise RuntimeError((folder / "log").read_text())
+        time.sleep(0.01)
     return str(program)

@@ -2,6 +2,7 @@
 
 import atexit
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -19,7 +20,13 @@ import fairseq  # noqa: F401
 import numpy as np
 import sacrebleu  # noqa: F401
 import torch
+import torch._dynamo  # every optimizer of torch imports it
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+# The parser keeps what it has learnt of its grammar.
+OverridesParser.create().parse_overrides(
+    ["a.b=1", "+c='x'", "d=null", "e=[1,2.5]", "f=True", "a/b=c", "g=1e-3", 'h="a"', "i=-1", "j={k:1}", "l=", "~m"]
+)
 _OWN_THREADS = torch.get_num_threads()
 
 
@@ -29,6 +36,12 @@ def serve(address: str) -> None:
     listener.bind(address)
     listener.listen(64)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    if sys.dont_write_bytecode:
+        # The sources need not be compiled again in every process for that.
+        sys.pycache_prefix, sys.dont_write_bytecode = os.path.join(os.path.dirname(address), "compiled"), False
+    # What is here now is no garbage: processes that look for some need not walk over it, nor copy its pages.
+    gc.collect()
+    gc.freeze()
     while True:
         ready, _, _ = select.select([listener, 0], [], [])
         if 0 in ready:
@@ -99,7 +112,6 @@ def run(streams: list[int], arguments: list[str], cwd: str, environment: dict[st
 
 def start_anew(environment: dict[str, str]) -> None:
     """Undo what the imports have set up, and do what a new interpreter does."""
-    atexit._clear()
     # fairseq's import sets up a log, which its commands do first.
     logging.root.handlers.clear()
     logging.root.setLevel(logging.WARNING)
