@@ -89,7 +89,7 @@ def test_attention_gives_the_weights_by_which_it_reads(config, reading):
     expected, nothing = attention(query, key, key, padding)
     found, weights = attention(query, key, key, padding, need_head_weights=True)
     assert nothing is None and weights.shape == (attention.num_heads, 3, 6, len(key))
-    torch.testing.assert_close(found, expected)
+    assert torch.equal(found, expected)
     torch.testing.assert_close(attention(query, key, key, padding, need_weights=True)[1], weights.mean(0))
     assert (weights[:, 1, :, -2:] == 0).all()
     if not config.read_layer_norm and not config.output_gate and not config.short_convolution:
@@ -121,7 +121,7 @@ def test_without_weights_wanted_a_training_pays_nothing_and_decoding_keeps_nothi
     state: dict = {}
     with torch.no_grad():
         cross.eval()(x[:1], x, x, incremental_state=state, need_head_weights=True)
-    assert cross._get_input_buffer(state)["prev_key"].size(3) == cross.head_dim
+    assert cross._get_input_buffer(state).keys() == {"prev_key"}
 
 
 @pytest.mark.parametrize("kind", ["softmax", "fast-weight"])

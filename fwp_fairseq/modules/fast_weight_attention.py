@@ -174,16 +174,14 @@ class FastWeightAttention(AttentionWithState):
         if attn_mask is not None and not self.causal:
             raise ValueError("fast weights read the memory as a whole: an attn_mask needs softmax attention here")
         weights_wanted = (need_weights or need_head_weights) and self.gives_weights
-        read, tokens = self._attend(query, key, value, key_padding_mask, incremental_state, weights_wanted)
-        weights = None
-        if read.size(3) > self.head_dim:
-            read, weights = read[..., : self.head_dim], read[..., self.head_dim :].transpose(0, 1)
-            weights = weights if need_head_weights else weights.mean(dim=0)
+        read, weights, tokens = self._attend(query, key, value, key_padding_mask, incremental_state, weights_wanted)
+        if weights is not None:
+            weights = weights.transpose(0, 1) if need_head_weights else weights.mean(dim=1)
         for stage in self.stages(ReadOut):
             read = stage(read, tokens)
         # (B, H, T, head_dim) -> (T, B, embed_dim)
         read = read.permute(2, 0, 1, 3).reshape(query.shape)
-        return self.out_proj(self.dropout_module(read)), weights if weights_wanted else None
+        return self.out_proj(self.dropout_module(read)), weights
 
     @property
     def gives_weights(self) -> bool:
@@ -198,25 +196,26 @@ class FastWeightAttention(AttentionWithState):
         padding: Optional[Tensor],
         incremental_state: Optional[IncrementalState],
         weights_wanted: bool,
-    ) -> tuple[Tensor, Tokens]:
-        """What the queries read, (B, H, T, head_dim), and the tokens that they are of.
+    ) -> tuple[Tensor, Optional[Tensor], Tokens]:
+        """What the queries read, (B, H, T, head_dim), by which weights, (B, H, T, S), and the tokens that they are of.
 
-        Where weights are wanted, and can be had, each token's value has more columns, which say which token it is, and
-        what is read has S more, which are the weights.
+        Weights are what is read of values that say which token they are.
         """
         state = self._kept(incremental_state, query.size(1)) if self.causal else AttentionState()
         stateless = incremental_state is None and self._carried() is None
         decoding = self.causal and incremental_state is not None
         tokens = self._mix(self._project(query, key, value, padding, decoding), state)
         gates = self.gates(tokens)
-        if weights_wanted and (stateless or not self.causal):
-            tokens = that_say_which(tokens)
+        marks = marks_of(tokens) if weights_wanted and (stateless or not self.causal) else None
         if not self.causal:
-            read, *_ = self.recurrence.whole(tokens.q, tokens.k, tokens.v, gates, self.features)
-            return read.to(query.dtype), tokens
-        read = self.recurrence.causal(tokens.q, tokens.k, tokens.v, gates, self.features, state, decoding)
+            values = [tokens.v] if marks is None else [tokens.v, marks]
+            (read, *weights), _, _ = self.recurrence.whole(tokens.q, tokens.k, gates, self.features, *values)
+            return read.to(query.dtype), weights[0] if weights else None, tokens
+        read, read_marks = self.recurrence.causal(
+            tokens.q, tokens.k, tokens.v, gates, self.features, state, decoding, marks
+        )
         self._keep(incremental_state, state)
-        return read, tokens
+        return read, read_marks, tokens
 
     def _mix(self, tokens: Tokens, state: AttentionState) -> Tokens:
         for stage in self.stages(Mixing):
@@ -250,7 +249,7 @@ class FastWeightAttention(AttentionWithState):
         return x.reshape(length, rows, self.num_heads, width // self.num_heads).permute(1, 2, 0, 3)
 
 
-def that_say_which(tokens: Tokens) -> Tokens:
-    """Values with S more columns, one at their own token and zero elsewhere: what is read of them are weights."""
+def marks_of(tokens: Tokens) -> Tensor:
+    """Values that are one at their own token and zero elsewhere, (B, H, S, S)."""
     which = torch.eye(tokens.v.size(2), device=tokens.v.device, dtype=tokens.v.dtype)
-    return tokens._replace(v=torch.cat([tokens.v, which.expand(*tokens.v.shape[:2], -1, -1)], dim=3))
+    return which.expand(*tokens.v.shape[:2], -1, -1)

@@ -6,8 +6,11 @@ from torch import Tensor
 
 from fwp_fairseq.modules.attention_state import MEMORY, NORMALIZER, AttentionState, beams_of
 from fwp_fairseq.modules.carried_state import IncrementalState
-from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention, that_say_which
+from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention, marks_of
 from fwp_fairseq.modules.stages import Tokens
+
+# The memory of values that say which token of the source they are.
+_MARKS = "marks"
 
 
 class FastWeightCrossAttention(FastWeightAttention):
@@ -17,7 +20,7 @@ class FastWeightCrossAttention(FastWeightAttention):
     memory from then on; key and value are not looked at again.
 
     Attention weights are given in evaluation, and in training if ``with_weights`` says so. In decoding they cost a
-    memory of as many more columns as the source has tokens.
+    second memory, of as many columns as the source has tokens.
     """
 
     encoder_decoder_attention = True
@@ -42,11 +45,12 @@ class FastWeightCrossAttention(FastWeightAttention):
         padding: Optional[Tensor],
         incremental_state: Optional[IncrementalState],
         weights_wanted: bool,
-    ) -> tuple[Tensor, Tokens]:
+    ) -> tuple[Tensor, Optional[Tensor], Tokens]:
         decoding = incremental_state is not None
         state = self._kept(incremental_state, query.size(1)) if decoding else AttentionState()
-        memory = state.shared(MEMORY)
+        memory, marks = state.shared(MEMORY), state.shared(_MARKS)
         asked = self._mix(self._project(query, None, None, decoding=decoding), state)
+        weights = None
         if memory is None:
             assert key is not None and value is not None
             if decoding:
@@ -55,11 +59,16 @@ class FastWeightCrossAttention(FastWeightAttention):
                 padding = None if padding is None else padding[::beams]
             source = self._mix(self._project(None, key, value, padding), AttentionState())
             gates = self.gates(source)
-            source = that_say_which(source) if weights_wanted else source
-            read, memory, normalizer = self.recurrence.whole(asked.q, source.k, source.v, gates, self.features)
-            state.share(query.size(1), **{MEMORY: memory, NORMALIZER: normalizer})
+            values = [source.v, marks_of(source)] if weights_wanted else [source.v]
+            reads, memories, normalizer = self.recurrence.whole(asked.q, source.k, gates, self.features, *values)
+            read, weights = reads[0], reads[1] if weights_wanted else None
+            kept = dict(zip((MEMORY, _MARKS), memories))
+            state.share(query.size(1), **kept, **{NORMALIZER: normalizer})
         else:
-            read = self.recurrence.read(asked.q, memory, state.shared(NORMALIZER), self.features)
+            normalizer = state.shared(NORMALIZER)
+            read = self.recurrence.read(asked.q, memory, normalizer, self.features)
+            if weights_wanted and marks is not None:
+                weights = self.recurrence.read(asked.q, marks, normalizer, self.features)
         if decoding:
             self._keep(incremental_state, state)
-        return read.to(query.dtype), asked
+        return read.to(query.dtype), weights, asked

@@ -48,15 +48,19 @@ class Recurrence(NamedTuple):
         features: KeyFeatures,
         state: AttentionState,
         decoding: bool,
-    ) -> Tensor:
+        marks: Optional[Tensor] = None,
+    ) -> tuple[Tensor, Optional[Tensor]]:
         """Write every token and read right after it: (B, H, T, Dv). What there are more of keys is written before.
 
         It goes on from the memories in ``state`` and leaves the new ones there; ``decoding``: they may be overwritten.
+        ``marks``: other values, (B, H, S, M), in place of v; what is read of them comes second. There must be nothing
+        in ``state`` then, nor more keys than queries.
         """
         one_token = decoding and k.size(2) == q.size(2) == 1 and not torch.is_grad_enabled()
         if one_token and self._is_compiled(q, features):
-            return self._compiled_step(q, k, v, gates, features, state)
+            return self._compiled_step(q, k, v, gates, features, state), None
         q, k = features(q, k)
+        read_marks = None if marks is None else self._scan(q, k, marks, gates, None, None)[0]
         memory, normalizer = state.get(MEMORY), state.get(NORMALIZER)
         before = k.size(2) - q.size(2)
         if before > 0:
@@ -65,27 +69,23 @@ class Recurrence(NamedTuple):
             k, v, gates = k[:, :, before:], v[:, :, before:], _cut(gates, slice(before, None))
         if one_token and memory is not None:
             read = self._step(q[:, :, 0], k[:, :, 0], v[:, :, 0], _cut(gates, 0), memory, normalizer)[:, :, None]
-        elif self.normalized:
-            read, memory, normalizer = normalized_scan(
-                q, k, v, gates, initial_state=memory, initial_normalizer=normalizer, backend=self.backend
-            )
         else:
-            read, memory = fast_weight_scan(
-                q, k, v, *gates, initial_state=memory, backend=self.backend, max_norm=self.max_norm
-            )
+            read, memory, normalizer = self._scan(q, k, v, gates, memory, normalizer)
         state.put(**{MEMORY: memory, NORMALIZER: normalizer})
-        return read
+        return read, read_marks
 
     def whole(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, features: KeyFeatures
-    ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+        self, q: Tensor, k: Tensor, gates: Gates, features: KeyFeatures, *values: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], Optional[Tensor]]:
         """Write all tokens, then let every query read: (B', H, T, Dv), and the memory and the normalizer.
 
-        There may be more rows of queries than of what is written: neighbours then share a memory, each as many.
+        Each of the ``values`` is written into a memory of its own. There may be more rows of queries than of what is
+        written: neighbours then share a memory, each as many.
         """
         q, k = features(q, k)
-        memory, normalizer = self.write(k, v, gates)
-        return self._read(q, memory, normalizer), memory, normalizer
+        memories, normalizers = zip(*(self.write(k, v, gates) for v in values))
+        reads = [self._read(q, memory, normalizers[0]) for memory in memories]
+        return reads, list(memories), normalizers[0]
 
     def read(self, q: Tensor, memory: Tensor, normalizer: Optional[Tensor], features: KeyFeatures) -> Tensor:
         """What queries read from memories that were finished before, shared as in ``whole``."""
@@ -130,6 +130,17 @@ class Recurrence(NamedTuple):
             )
         return fast_weight_memory(
             k, v, *gates, initial_state=memory, backend=self.backend, max_norm=self.max_norm
+        ), None
+
+    def _scan(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, memory: Optional[Tensor], normalizer: Optional[Tensor]
+    ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+        if self.normalized:
+            return normalized_scan(
+                q, k, v, gates, initial_state=memory, initial_normalizer=normalizer, backend=self.backend
+            )
+        return *fast_weight_scan(
+            q, k, v, *gates, initial_state=memory, backend=self.backend, max_norm=self.max_norm
         ), None
 
     def _step(
