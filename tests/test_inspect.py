@@ -134,12 +134,18 @@ def test_a_given_translation_and_a_text_are_looked_at(translation: Path, tmp_pat
         ("--source w1 --beam 0", "--beam is 0, it must be at least 1"),
         ("--source w1 --sentencepiece-model none.model", "--sentencepiece-model is none.model, which is no file"),
         ("--source w1 --path none.pt", "none.pt"),
+        (f"--source w1 --sentencepiece-model {__file__}", "which is no model of sentencepiece"),
     ],
 )
 def test_what_cannot_be_looked_at_is_refused_in_one_line(translation: Path, arguments: str, message: str, tmp_path):
     with pytest.raises(SystemExit) as error:
         main(["--path", str(translation), "--output", str(tmp_path / "look"), *arguments.split()])
     assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "look").exists()
+
+
+def test_a_source_that_the_encoder_cannot_read_is_refused(translation: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="longer than the 1024 tokens of the encoder"):
+        main(["--path", str(translation), "--source", "w1 " * 1100, "--output", str(tmp_path / "look")])
 
 
 def test_a_model_without_memories_is_refused(tmp_path: Path) -> None:

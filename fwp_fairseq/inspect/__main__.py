@@ -37,7 +37,11 @@ def _encode(text: str, pieces: Optional[Path]) -> str:
         return text
     import sentencepiece
 
-    return " ".join(sentencepiece.SentencePieceProcessor(model_file=str(pieces)).encode(text, out_type=str))
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    except RuntimeError:
+        raise ValueError(f"--sentencepiece-model is {pieces}, which is no model of sentencepiece") from None
+    return " ".join(model.encode(text, out_type=str))
 
 
 def _words(dictionary: Any, tokens: Any) -> list[str]:
@@ -75,6 +79,8 @@ def inspect(args: argparse.Namespace) -> list[Path]:
     ).long()[None]
     said = [("source", " ".join(_words(task.source_dictionary, source[0])))]
     if hasattr(model, "encoder"):
+        if source.size(1) > model.encoder.max_positions():
+            raise ValueError(f"the source is longer than the {model.encoder.max_positions()} tokens of the encoder")
         batch: dict[str, Any] = {"src_tokens": source, "src_lengths": torch.tensor([source.size(1)])}
         if args.target is None:
             generator = SequenceGenerator([model], words, beam_size=args.beam, max_len_a=2, max_len_b=20)

@@ -44,6 +44,18 @@ def effective_rank(memory: Tensor) -> Tensor:
     return torch.special.entr(shares).sum(dim=-1).exp()
 
 
+def inputs_by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What an attention was called with, as a forward hook is given it."""
+    return {**dict(zip(("query", "key", "value", "key_padding_mask"), args)), **kwargs}
+
+
+def written(attention: FastWeightAttention, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Gates]:
+    """What the recurrence of an attention gets: q and k as mapped, v, and gates."""
+    tokens = attention._project(inputs["query"], inputs["key"], inputs["value"], inputs.get("key_padding_mask"))
+    tokens = attention._mix(tokens, AttentionState())
+    return *attention.features(tokens.q, tokens.k), tokens.v, attention.gates(tokens)
+
+
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Within this context: by name, each fast-weight attention that was called, and the inputs of its last call."""
@@ -51,8 +63,7 @@ def recorded(model: nn.Module) -> Iterator[dict[str, Any]]:
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            named = dict(zip(("query", "key", "value", "key_padding_mask"), args))
-            calls[name] = module, {**named, **kwargs}
+            calls[name] = module, inputs_by_name(args, kwargs)
 
         return hook
 
@@ -69,29 +80,22 @@ def look(
     name: str,
     attention: FastWeightAttention,
     inputs: dict[str, Any],
-    with_weights: bool = True,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda tokens: tokens,
 ) -> Memory:
     """What ``attention`` did with ``inputs`` of one row. ``progress`` goes over the tokens, one after the other."""
-    padding = inputs.get("key_padding_mask")
-    tokens = attention._project(inputs["query"], inputs["key"], inputs["value"], padding)
-    tokens = attention._mix(tokens, AttentionState())
-    gates = attention.gates(tokens)
-    q, k = attention.features(tokens.q, tokens.k)
-    length = k.size(2)
+    q, k, v, gates = written(attention, inputs)
+    length, normalized = k.size(2), attention.attention_normalization
 
     weights = None
-    if with_weights and attention.gives_weights and max(q.size(2), length) <= MOST_WEIGHTS:
-        weights = implied_attention(q, k, gates, causal=attention.causal, normalized=attention.attention_normalization)[
-            0
-        ]
+    if attention.gives_weights and max(q.size(2), length) <= MOST_WEIGHTS:
+        weights = implied_attention(q, k, gates, causal=attention.causal, normalized=normalized)[0]
 
-    memory = k.new_zeros(*k.shape[:2], k.size(3), tokens.v.size(3))
-    normalizer = memory[..., :1] if attention.attention_normalization else None
+    memory = k.new_zeros(*k.shape[:2], k.size(3), v.size(3))
+    normalizer = memory[..., :1] if normalized else None
     rows: list[tuple[Tensor, ...]] = []
     for t in progress(range(length)):
         here = slice(t, t + 1)
-        key, value = k[:, :, here], tokens.v[:, :, here]
+        key, value = k[:, :, here], v[:, :, here]
         now = Gates(*(None if gate is None else gate[:, :, here] for gate in gates))
         found = fast_weight_read(key, memory) if normalizer is None else normalized_read(key, memory, normalizer)
         if now.decay is not None:

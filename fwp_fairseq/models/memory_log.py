@@ -7,8 +7,7 @@ import torch
 from fairseq.logging import metrics
 from torch import nn
 
-from fwp_fairseq.inspect.recorder import effective_rank
-from fwp_fairseq.modules.attention_state import AttentionState
+from fwp_fairseq.inspect.recorder import effective_rank, inputs_by_name, written
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
 
 
@@ -36,17 +35,13 @@ class LogsMemory:
 def _log(name: str, handle: list[Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     handle.pop().remove()
     attention: Any = module
-    inputs = {**dict(zip(("query", "key", "value", "key_padding_mask"), args)), **kwargs}
-    query, key, value = (inputs[part][:, :1] for part in ("query", "key", "value"))
+    inputs = inputs_by_name(args, kwargs)
     padding = inputs.get("key_padding_mask")
+    first = {part: inputs[part][:, :1] for part in ("query", "key", "value")}
     # Training goes on with the random numbers that it would have had.
     with torch.random.fork_rng():
-        tokens = attention._mix(
-            attention._project(query, key, value, None if padding is None else padding[:1]), AttentionState()
-        )
-        gates = attention.gates(tokens)
-        _, k = attention.features(tokens.q, tokens.k)
-        memory, _ = attention.recurrence.write(k, tokens.v, gates)
+        _, k, v, gates = written(attention, {**first, "key_padding_mask": None if padding is None else padding[:1]})
+    memory, _ = attention.recurrence.write(k, v, gates)
     found = {"beta": gates.write, "decay": gates.decay, "norm": memory.square().sum(dim=(2, 3)).sqrt()}
     found["rank"] = effective_rank(memory)
     for what, values in found.items():

@@ -16,7 +16,7 @@ from fwp_fairseq.modules.few_rows_linear import call_linears
 from fwp_fairseq.modules.key_features import KeyFeatures
 from fwp_fairseq.modules.recurrence import Recurrence
 from fwp_fairseq.modules.stages import STAGES, Mixing, Projection, ReadOut, Sizes, Stage, TokenGates, Tokens
-from fwp_fairseq.ops import FEATURE_MAPS, UPDATE_RULES, UpdateRule
+from fwp_fairseq.ops import UPDATE_RULES, UpdateRule
 from fwp_fairseq.ops.fast_weights import choose_backend
 from fwp_fairseq.ops.numerics import state_dtype
 
@@ -93,7 +93,7 @@ class FastWeightAttention(AttentionWithState):
             str(config.feature_map),
             str(config.key_normalization),
             self.head_dim,
-            **config.choices(FEATURE_MAPS[str(config.feature_map)].options),
+            **config.choices(config.map.options),
         )
         # Linear layers by name, and the inputs that they are of.
         self._layers = [("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")]
