@@ -71,11 +71,13 @@ class TokenGates(Stage):
 
     def forward(self, tokens: Tokens) -> Gates:
         """The gates of what is written, each (B, H, S) or None."""
-        write, decay = (tokens.projected.get(name) for name in ("write_proj", "decay_proj"))
+        write_logit, decay_logit = (
+            None if logit is None else logit.squeeze(-1)
+            for logit in (tokens.projected.get("write_proj"), tokens.projected.get("decay_proj"))
+        )
         shape = tokens.k.shape[:3]
         padding = None if tokens.padding is None else tokens.padding.bool()[:, None, :].expand(shape)
-        write, decay = None if write is None else write.squeeze(-1), None if decay is None else decay.squeeze(-1)
-        gates = self.gates_of(write, decay, padding)
+        gates = self.gates_of(write_logit, decay_logit, padding)
         return Gates(*(gate if gate is None or gate.shape == shape else gate.expand(shape) for gate in gates))
 
     def gates_of(
