@@ -8,6 +8,7 @@ import site
 import subprocess
 import sys
 import sysconfig
+from glob import glob
 from pathlib import Path
 from typing import Any, Optional
 
@@ -16,6 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "fwp_fairseq" / "csrc"
+CUDA_IS_WANTED = os.environ.get("FWP_CUDA") == "1"
 # Read, not imported: the package cannot be imported before its dependencies are there.
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fwp_fairseq" / "__init__.py").read_text("utf-8"), re.M)[1]
 
@@ -61,15 +63,31 @@ def compiled_operators() -> list[Extension]:
 
 
 def cuda_toolkit() -> Optional[Path]:
-    """Folder of the CUDA toolkit, if the torch that is here is one for CUDA."""
+    """Folder of a CUDA toolkit, if the torch that is here is one for CUDA; what was found, or missed, is said.
+
+    With FWP_CUDA=1 none is an error, and so is a failure to build with it.
+    """
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
-    # It may have found a script that calls nvcc, with nothing else of the toolkit around.
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    # What torch finds may be the folder of a script that calls nvcc, with nothing else of the toolkit around.
+    usual = ["/usr/local/cuda", *sorted(glob("/usr/local/cuda-*"), reverse=True), "/opt/cuda"]
+    folders = [named] if named else [CUDA_HOME, *usual]
+    candidates = [Path(folder) for folder in dict.fromkeys(folders) if folder is not None]
     parts = ("bin/nvcc", "include/cuda_runtime_api.h")
-    if torch.version.cuda is None or CUDA_HOME is None or not all(Path(CUDA_HOME, part).exists() for part in parts):
-        return None
-    return Path(CUDA_HOME)
+    whole = next((path for path in candidates if all((path / part).exists() for part in parts)), None)
+    if torch.version.cuda is None:
+        why = f"torch {torch.__version__} is not for CUDA"
+    elif whole is None:
+        why = f"no CUDA toolkit ({' and '.join(parts)}) in {', '.join(map(str, candidates))}; CUDA_HOME can name one"
+    else:
+        print(f"fwp-fairseq: with kernels for a GPU, by the CUDA toolkit in {whole}", file=sys.stderr)
+        return whole
+    if CUDA_IS_WANTED:
+        raise SystemExit(f"fwp-fairseq: FWP_CUDA=1, but {why}")
+    print(f"fwp-fairseq: without kernels for a GPU: {why}", file=sys.stderr)
+    return None
 
 
 def cuda_architectures(nvcc: Path) -> list[str]:
@@ -123,6 +141,8 @@ class BuildOperators(build_ext):
                 self.add_cuda(extension, toolkit)
                 return super().build_extension(extension)
             except Exception as error:  # from nvcc, the compiler or the linker
+                if CUDA_IS_WANTED:
+                    raise SystemExit(f"fwp-fairseq: FWP_CUDA=1, but the kernels could not be built: {error}") from error
                 print(f"fwp-fairseq: without kernels for a GPU, they could not be built: {error}", file=sys.stderr)
                 for name, value in plain.items():
                     setattr(extension, name, value)

@@ -1,13 +1,10 @@
-"""The operators on a GPU: the contract of all backends there, and what only a GPU has. Skipped without one."""
+"""The recurrence on a GPU: the contract of all backends there, and what only a GPU has. Skipped without one."""
 
 import importlib.util
 
 import pytest
-import test_decoding
 import torch
-from registered import UNBOUNDED_RULES
 from test_ops_contract import SHAPES, assert_agree, make_inputs, results, rules
-from torch import Tensor
 
 from fwp_fairseq.ops import fast_weight_scan, native
 from fwp_fairseq.ops.fast_weights import choose_backend
@@ -51,6 +48,36 @@ def test_half_precision(dtype, tolerance, d_v):
     assert_agree(on_cpu(found), exact(inputs), tolerance)
 
 
+@backends
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_strided_and_expanded_inputs(backend, dtype, tolerance, monkeypatch):
+    """As attention has them, heads within rows, and gates that are one for all heads."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    inputs = on_gpu(make_inputs((2, 3, 150, 24, 40), (True, True, True), dtype))
+    for name in ("q", "k", "v"):
+        inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
+    inputs["decay"] = inputs["decay"][:, :1].expand(-1, 3, -1)
+    inputs["erase"] = inputs["erase"][..., :1].expand(-1, -1, 150)
+    assert_agree(on_cpu(results(inputs, backend)), exact(inputs), tolerance)
+
+
+@needs_kernels
+def test_work_goes_to_the_current_stream():
+    inputs = on_gpu(make_inputs((2, 2, 400, 64, 64), (True, True, True), torch.float32))
+    expected = results(inputs, "native")
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        # Whoever does not wait for this stream reads what was there before.
+        torch.cuda._sleep(50_000_000)
+        late = {name: torch.zeros_like(x) for name, x in inputs.items()}
+        for name, x in inputs.items():
+            late[name].copy_(x)
+        found = results(late, "native")
+    side.synchronize()
+    assert all(torch.equal(x, expected[name]) for name, x in found.items())
+
+
 @needs_kernels
 @pytest.mark.parametrize("d_k, d_v", [(512, 512), (512, 1), (1, 512), (300, 130)])
 def test_large_heads(d_k, d_v):
@@ -89,81 +116,6 @@ def test_tensors_on_two_devices_are_refused():
     x = torch.rand(1, 1, 4, 3, device="cuda")
     with pytest.raises((ValueError, RuntimeError), match="several devices|same device"):
         torch.ops.fwp_fairseq.scan(x, x, x, torch.rand(1, 1, 4), None, None, None, False)
-
-
-# --- Decoding ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def plain_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the tests of the decoding operators, which compare with plain tensors on the processor, call those here."""
-    step, read = native.step, native.read
-
-    def moved(x):
-        return (
-            x._replace(projection=moved(x.projection))
-            if hasattr(x, "_replace")
-            else x.cuda()
-            if torch.is_tensor(x)
-            else x
-        )
-
-    def step_here(*arguments, **options):
-        there = [moved(x) for x in arguments]
-        out, places = step(*there, **options)
-        for index in (6, 7):  # state and normalizer are updated in place
-            if arguments[index] is not None:
-                arguments[index].copy_(there[index])
-        return out.cpu(), None if places is None else places.cpu()
-
-    monkeypatch.setattr(native, "step", step_here)
-    monkeypatch.setattr(native, "read", lambda *arguments: read(*(moved(x) for x in arguments)).cpu())
-
-
-@needs_kernels
-@pytest.mark.parametrize("rule", UNBOUNDED_RULES)
-@test_decoding.readings
-def test_steps_in_any_order(plain_on_cpu, rule, feature_map, normalization, normalized):
-    test_decoding.test_steps_in_any_order_equal_plain_steps_of_gathered_memories(
-        rule, feature_map, normalization, normalized, torch.float32, 1e-4
-    )
-
-
-@needs_kernels
-@test_decoding.readings
-def test_reads(plain_on_cpu, feature_map, normalization, normalized):
-    test_decoding.test_rows_read_the_memory_they_share(feature_map, normalization, normalized)
-
-
-@needs_kernels
-def test_a_step_is_captured_in_a_graph():
-    def step(state: Tensor, places: Tensor) -> Tensor:
-        features = native.AddressFeatures("dpfp", 1, "sum")
-        out, moved = native.step(q, k, v, beta, beta, None, state, None, order, places, features)
-        places.copy_(moved)
-        return out
-
-    generator = torch.Generator("cuda").manual_seed(1)
-    q, k, v = (torch.randn(6, 2, 8, device="cuda", generator=generator) for _ in range(3))
-    beta = torch.rand(6, 2, device="cuda", generator=generator)
-    order = torch.tensor([1, 1, 0, 5, 5, 5], device="cuda")
-    start = torch.randn(6, 2, 16, 8, device="cuda", generator=generator)
-
-    state, places = start.clone(), torch.arange(6, device="cuda")
-    expected = [step(state, places) for _ in range(4)]
-
-    replayed, replayed_places = start.clone(), torch.arange(6, device="cuda")
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step(start.clone(), torch.arange(6, device="cuda"))
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step(replayed, replayed_places)
-    for wanted in expected:
-        graph.replay()
-        assert torch.equal(out, wanted)
-    assert torch.equal(replayed, state) and torch.equal(replayed_places, places)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="needs flash-linear-attention")
