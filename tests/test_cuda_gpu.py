@@ -13,6 +13,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 needs_kernels = pytest.mark.skipif(
     not native.supports("cuda"), reason="the library was built without kernels for a GPU"
 )
+# Of the largest value: sums over 300 tokens of 512 features each, in an order of their own.
+FLOAT32 = 5e-5
 backends = pytest.mark.parametrize("backend", [pytest.param("native", marks=needs_kernels), "chunk"])
 
 
@@ -31,7 +33,7 @@ def exact(inputs: dict) -> dict:
 @backends
 @rules
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 2, 300, 40, 70), (2, 1, 50, 256, 64)])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, FLOAT32)])
 def test_values_and_gradients_agree_with_the_float64_loop(backend, uses, shape, dtype, tolerance, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     inputs = on_gpu(make_inputs(shape, uses, dtype))
@@ -49,7 +51,7 @@ def test_half_precision(dtype, tolerance, d_v):
 
 
 @backends
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, FLOAT32), (torch.bfloat16, 2e-2)])
 def test_strided_and_expanded_inputs(backend, dtype, tolerance, monkeypatch):
     """As attention has them, heads within rows, and gates that are one for all heads."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
@@ -83,7 +85,7 @@ def test_work_goes_to_the_current_stream():
 def test_large_heads(d_k, d_v):
     """Also those whose blocks ask for more than 48 KB of shared memory."""
     inputs = on_gpu(make_inputs((1, 1, 35, d_k, d_v), (True, True, True), torch.float32))
-    assert_agree(on_cpu(results(inputs, "native")), exact(inputs), 3e-5)
+    assert_agree(on_cpu(results(inputs, "native")), exact(inputs), FLOAT32)
 
 
 @needs_kernels

@@ -292,8 +292,10 @@ struct Scan {
 #pragma unroll
             for (int s = 0; s < t; ++s) sum += pairs[(kChunk + t) * kPairsRow + s] * x[s];
             x[t] = u[t * kRow + thread] - erase[t] * sum;
-            u[t * kRow + thread] = x[t];
         }
+        // Not on the way: `pairs` could not be loaded ahead of stores that may change it.
+#pragma unroll
+        for (int t = 0; t < kChunk; ++t) u[t * kRow + thread] = x[t];
     }
 
     // (I + diag(erase) A)^T G = dU, in place, from the last token to the first.
@@ -307,8 +309,9 @@ struct Scan {
             const T known = erase[t] * x[t];
 #pragma unroll
             for (int s = 0; s < t; ++s) x[s] -= pairs[(kChunk + t) * kPairsRow + s] * known;
-            du[t * kRow + thread] = x[t];
         }
+#pragma unroll
+        for (int t = 0; t < kChunk; ++t) du[t * kRow + thread] = x[t];
     }
 
     // W1 = g_n W0 + K^T diag(p) U. Changes `u` to diag(p) U. To begin with, all threads must be done with U.
@@ -641,7 +644,7 @@ __global__ void __launch_bounds__(kThreads, 3) scan_forward(const __grid_constan
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads, 2) scan_backward(const __grid_constant__ Problem problem, T* workspace) {
+__global__ void __launch_bounds__(kThreads, (sizeof(T) == 4 ? 3 : 2)) scan_backward(const __grid_constant__ Problem problem, T* workspace) {
     FWP_DYNAMIC_SHARED(shared);
     Scan<T, N>(problem, reinterpret_cast<T*>(shared), true).backward(workspace);
 }
@@ -655,15 +658,15 @@ ScanLaunch scan_launch(int64_t streams, int64_t dk, int64_t dv, bool backward) {
             backward ? streams * tiles * Scan<T, N>::workspace(dk) : 0};
 }
 
-// The widest tile that does not ask for more than 48 KB, has columns to fill it and gives every multiprocessor two
-// blocks; the narrowest where there is none.
+// The widest tile that does not ask for more than 48 KB, has columns to fill it and gives every multiprocessor one and a
+// half blocks; the narrowest where there is none.
 template <class T>
 ScanLaunch plan_scan(int64_t streams, int64_t dk, int64_t dv, bool backward, const Device& device) {
     ScanLaunch narrow = scan_launch<T, 16>(streams, dk, dv, backward);
     if constexpr (std::is_same_v<T, float>) {
         const auto good = [&](const ScanLaunch& launch) {
             return launch.shared_bytes <= 48 * 1024 && dv > launch.columns / 2 &&
-                   launch.blocks >= 2 * device.multiprocessors;
+                   2 * launch.blocks >= 3 * device.multiprocessors;
         };
         const ScanLaunch wide = scan_launch<T, 64>(streams, dk, dv, backward);
         if (!backward && good(wide)) return wide;

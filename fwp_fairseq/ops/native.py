@@ -155,6 +155,8 @@ def step(
     search reads and writes each memory once and needs no second copy.
 
     Returns what is read, (n, H, Dv) in v's type, and the new places (None: row i in place i). Inference only.
+    Raises ValueError for an order or places out of range; on a GPU, where nothing waits for a kernel, it is an error of
+    the device instead, after which the process can do nothing more there, as with torch's own indexing.
     """
     out, moved = torch.ops.fwp_fairseq.step.default(
         q, k, v, write, erase, decay, state, normalizer, order, places, *_arguments(features, state)

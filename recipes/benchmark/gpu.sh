@@ -191,7 +191,7 @@ wait
 small=()
 [[ -z $rehearse ]] || small=(--rehearse --repeats 2)
 lines=60 part operators 180 "$python" "$recipe/gpu.py" --output "$output" --only triton native chunk "torch SDPA" ${small[@]+"${small[@]}"}
-lm=(--gpu --precision amp --lengths 256 1024 4096 --batch 16384)
+lm=(--gpu --precision fp16 --lengths 256 1024 4096 --batch 16384)
 [[ -z $rehearse ]] || lm=(--lengths 32 --batch 128 --updates 4)
 lines=14 part lm 150 "$python" "$recipe/models.py" --output "$output" --shape medium --table gpu-lm.csv "${lm[@]}"
 lines=40 part decode 240 "$python" "$recipe/decode.py" --output "$output" --gpu ${rehearse:+--rehearse}
