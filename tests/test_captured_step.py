@@ -5,22 +5,23 @@ operators on the same tensors, without any Python, and what would ask the device
 """
 
 import argparse
+import copy
 import gc
 import math
 import unittest.mock
 import weakref
-from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import needs_native
 from fairseq.sequence_generator import SequenceGenerator
-from tiny_models import PLACES, build_lm, build_translation, places, tokens, translation_batch
+from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+from tiny_models import PLACES, build_lm, build_translation, dictionary, places, tokens, translation_batch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from fwp_fairseq.models import captured_step
+from fwp_fairseq.tasks.parallel_prefix import FWPLanguageModelingTask
 
 ASKING = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "lift_fresh", "unique")
 
@@ -54,23 +55,18 @@ class Recorder(TorchDispatchMode):
 class RecordedGraph:
     """Stands for captured_step.Graph."""
 
-    captures = 0
+    captures = replayed = 0
 
-    def __init__(self, device):
-        self.replays = 0
-
-    @contextmanager
-    def aside(self):
-        yield
-
-    def capture(self, function):
+    def __init__(self, function, device):
         RecordedGraph.captures += 1
         recorder = Recorder()
-        with recorder:
-            function()
+        try:
+            with recorder:
+                function()
+        finally:
+            for x, before in reversed(recorder.before):
+                x.copy_(before)
         self.calls, self.made = recorder.calls, recorder.made
-        for x, before in reversed(recorder.before):
-            x.copy_(before)
 
     def is_here(self):
         return True
@@ -120,6 +116,14 @@ def without_graphs(function, *args, **kwargs):
         return function(*args, **kwargs)
 
 
+def same_with_and_without(function, *args, **kwargs):
+    """What ``function`` finds, with tolerance for other numbers of rows."""
+    expected = without_graphs(function, *args, **kwargs)
+    assert not RecordedGraph.captures
+    found = function(*args, **kwargs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 MODELS = {
     "decoder": [],
     "all places": places("fast-weight", *PLACES),
@@ -133,16 +137,324 @@ MODELS = {
     "no positions": ["--no-token-positional-embeddings", "--decoder-normalize-before"],
     "other widths": ["--decoder-embed-dim", "16", "--decoder-input-dim", "12", "--decoder-output-dim", "12"],
 }
+models = pytest.mark.parametrize("flags", MODELS.values(), ids=MODELS)
 
 
-@pytest.mark.parametrize("flags", MODELS.values(), ids=MODELS)
+def translation(flags, beam=5):
+    torch.manual_seed(3)
+    return sharpened(build_translation("--decoder-layers", "2", *flags), beam)
+
+
+@models
 @pytest.mark.parametrize("beam", [1, 5])
 def test_beam_search_finds_the_same(flags, beam, graphs):
-    torch.manual_seed(3)
-    model = sharpened(build_translation("--decoder-layers", "2", *flags), beam)
+    model = translation(flags, beam)
     batch = translation_batch(model, batch=4, source=9)
     expected = without_graphs(search, model, batch, beam)
     assert not graphs.captures
     found = search(model, batch, beam)
     assert graphs.captures == 1 and graphs.replayed > 4
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("flags", [[], places("fast-weight", *PLACES)], ids=["decoder", "all places"])
+def test_attention_is_that_of_the_token(flags, graphs):
+    model = translation(flags)
+    model.decoder.give_weights(True)
+    batch = translation_batch(model, batch=2, source=9)
+    expected = without_graphs(search, model, batch)
+    assert_same(search(model, batch), expected)
+    assert graphs.replayed and all(h["attention"].size(0) == 9 for row in expected for h in row)
+
+
+# --- Loops of one's own ----------------------------------------------------------------------------------------------
+
+# Before each token: the rows that go on, or None: all as they are. Of six rows, two beams of three sentences.
+ORDERS = {
+    "nobody moves": [None] * 6,
+    "beams move": [None, [1, 0, 3, 3, 4, 5], [0, 0, 2, 3, 5, 4], [1, 0, 3, 2, 5, 5], [0, 0, 3, 2, 5, 4]],
+    "twice between two tokens": [None, None, [[1, 0, 3, 3, 4, 5], [0, 1, 3, 2, 5, 5]], None],
+    "sentences end": [None, None, [1, 0, 2, 2, 5, 4], [1, 0, 5, 5], [2, 3], None, [1, 1], None],
+    "the first sentence ends": [None, None, None, [2, 3, 5, 4], [1, 1, 2, 3], [3, 2], [1, 0]],
+    "one beam": [None, None, None, [1, 2, 5], None, [2, 0, 0], [1], None],
+    "sentences change places": [None, None, [2, 3, 0, 1, 4, 5], None, [4, 4, 1, 0, 3, 2], None],
+    "sentences are mixed": [None, None, None, [0, 2, 1, 3, 4, 5], None, [5, 4, 3, 2, 1, 0], None],
+    "rows come back": [None, None, None, [0, 1], [0, 1, 1, 0, 0, 1], [5, 4, 3, 2, 1, 0], None],
+    "rows are added": [None, None, [0, 1, 2, 3, 4, 5, 4, 5], None, [1, 0], [1, 1]],
+}
+
+
+def loop(model, orders, before=lambda token, words, state: None, batch_size=3):
+    """Logits of each token, whose words differ by row.
+
+    ``before`` each token may change what there is, and return options and another state.
+    """
+    batch = translation_batch(model, batch=3, source=7)
+    logits, state = [], {}
+    with torch.no_grad():
+        encoder_out = model.encoder(batch["src_tokens"], batch["src_lengths"])
+        encoder_out = model.encoder.reorder_encoder_out(encoder_out, torch.arange(3).repeat_interleave(2))
+        words = torch.full((6, 1), 2)
+        for token, order in enumerate(orders):
+            for new in [order] if order is None or isinstance(order[0], int) else order:
+                if new is not None:
+                    new = torch.tensor(new)
+                    words, encoder_out = words[new], model.encoder.reorder_encoder_out(encoder_out, new)
+                    model.decoder.reorder_incremental_state_scripting(state, new)
+            options, state = before(token, words, state) or ({}, state)
+            logits.append(model.decoder(words, encoder_out, state, **options)[0])
+            words = torch.cat([words, tokens(model, len(words), 1, seed=token)], dim=1)
+    return logits
+
+
+@models
+@pytest.mark.parametrize("orders", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("few_rows", [0, 64])
+def test_logits_are_the_same_whatever_rows_do(flags, orders, few_rows, graphs, monkeypatch):
+    """``few_rows``: with 0, another step is captured when half of the rows are left."""
+    monkeypatch.setattr(captured_step, "_FEW_ROWS", few_rows)
+    same_with_and_without(loop, translation(flags, beam=1), orders)
+    assert graphs.replayed
+
+
+MOVES = ORDERS["sentences end"][:5]
+three_models = pytest.mark.parametrize("flags", [MODELS[name] for name in ("decoder", "all places", "stages")])
+
+
+@three_models
+@pytest.mark.parametrize("option", ["features_only", "a gradient"])
+def test_a_token_that_is_asked_for_otherwise_is_decoded_without_a_step(flags, option, graphs):
+    def before(token, words, state):
+        if option == "features_only":
+            return {option: token == 4}, state
+        torch.set_grad_enabled(token == 4)
+
+    same_with_and_without(loop, translation(flags, 1), [*ORDERS["sentences end"], [1, 0]], before)
+    assert graphs.replayed
+
+
+@three_models
+def test_padding_among_the_tokens_leaves_the_memory_as_it_is(flags, graphs):
+    model = translation(flags, 1)
+
+    def before(token, words, state):
+        words[token % 2 :: 2, -1] = model.decoder.padding_idx
+
+    same_with_and_without(loop, model, ORDERS["beams move"], before)
+    assert graphs.replayed
+
+
+@three_models
+def test_a_copy_of_a_search_goes_on_as_the_search_does(flags, graphs):
+    model = translation(flags, 1)
+
+    def on_a_copy(token, words, state):
+        if token == 4:
+            other = copy.deepcopy(state)
+            model.decoder(words + 0, None, state)  # which changes nothing in the copy
+            return {}, other
+
+    orders = [None, None, None, *MOVES[2:], [1, 0], [0, 0]]
+    with torch.no_grad():
+        expected = without_graphs(loop, model, orders)
+    torch.testing.assert_close(loop(model, orders, on_a_copy), expected, rtol=1e-5, atol=1e-5)
+    assert graphs.replayed
+
+
+# --- Searches --------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_shrinks_is_replayed_with_fewer_rows_and_captured_anew_for_half(graphs, monkeypatch):
+    rows = []
+    begin = captured_step.CapturedStep.begin
+    monkeypatch.setattr(captured_step.CapturedStep, "begin", lambda step, n: rows.append(n) or begin(step, n))
+    model = translation(places("fast-weight", *PLACES))
+    with torch.no_grad():
+        model.decoder.output_projection.weight[model.decoder.dictionary.eos()] *= 3
+    batch = translation_batch(model, batch=8, source=9)
+    expected = without_graphs(search, model, batch, max_len=40)
+    assert_same(search(model, batch, max_len=40), expected)
+    assert len(set(rows)) > 2 and graphs.captures == 1, rows
+    monkeypatch.setattr(captured_step, "_FEW_ROWS", 0)
+    assert_same(search(model, batch, max_len=40), expected)
+    assert graphs.captures > 2
+
+
+@pytest.mark.parametrize("flags", [[], places("fast-weight", *PLACES)], ids=["decoder", "all places"])
+def test_searches_in_turn_do_not_meet(flags, graphs):
+    """Two models in an ensemble, a search after another, and one that begins while another is at work."""
+    ours, theirs = translation(flags), translation(["--update-rule", "gated-delta", *flags])
+    batches = [translation_batch(ours, batch=n, source=7 + n) for n in (2, 3)]
+    generators = [
+        SequenceGenerator(models, ours.decoder.dictionary, beam_size=3, max_len_b=8)
+        for models in ([ours, theirs], [ours])
+    ]
+
+    def both():
+        found = []
+        for generator in generators:
+            for batch in batches:
+                net_input = {key: batch[key] for key in ("src_tokens", "src_lengths")}
+                found += generator.generate([], {"net_input": net_input})
+        return found
+
+    expected = without_graphs(both)
+    assert_same(both(), expected)
+    assert graphs.captures == 6
+
+    step, within = captured_step.CapturedStep.replay, []
+
+    def interrupted(*args):
+        if not within:
+            within.append(None)
+            within.append(both())
+        return step(*args)
+
+    with unittest.mock.patch.object(captured_step.CapturedStep, "replay", interrupted):
+        assert_same(both(), expected)
+    assert_same(within[1], expected)
+
+
+def test_the_next_search_has_the_weights_that_there_are_then(graphs):
+    model = translation([])
+    batch = translation_batch(model)
+    before = search(model, batch)
+    model.decoder.layers[0].fc1 = nn.Linear(8, 16).eval()
+    with torch.no_grad():
+        model.decoder.layers[1].self_attn.v_proj.weight *= -2
+    found = search(model, batch)
+    assert graphs.captures == 2
+    assert_same(found, without_graphs(search, model, batch))
+    assert [h["tokens"].tolist() for h in found[0]] != [h["tokens"].tolist() for h in before[0]]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--adaptive-softmax-cutoff", "8,14", "--adaptive-softmax-factor", "1"],
+        ["--adaptive-input", "--adaptive-input-cutoff", "8,14", "--adaptive-input-factor", "1"],
+    ],
+    ids=["plain", "adaptive softmax", "adaptive input"],
+)
+@pytest.mark.parametrize("read_ahead", [False, True])
+def test_a_language_model_continues_its_prompt_as_before(flags, read_ahead, graphs):
+    torch.manual_seed(2)
+    model = build_lm(*flags).eval()
+    model.prepare_for_inference_(argparse.Namespace(generation=argparse.Namespace(beam=3)))
+    task = (FWPLanguageModelingTask if read_ahead else LanguageModelingTask)(LanguageModelingConfig(), dictionary(20))
+    generator = task.build_generator([model], argparse.Namespace(beam=3, max_len_b=14))
+    prompt = tokens(model, 2, 5)
+
+    def continuations():
+        return task.inference_step(generator, [model], {"net_input": {"src_tokens": prompt}}, prefix_tokens=prompt)
+
+    expected = without_graphs(continuations)
+    found = continuations()
+    assert graphs.captures == 1 and graphs.replayed > 4
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [h["tokens"].tolist() for h in ours] == [h["tokens"].tolist() for h in theirs]
+
+
+def test_nothing_of_a_step_outlives_its_search(graphs, monkeypatch):
+    kept = []
+    made = captured_step.CapturedStep.__init__
+
+    def note(step, *args):
+        made(step, *args)
+        kept.extend(weakref.ref(x) for x in (step, step.graph, *step._left[0].values(), *step._sources))
+
+    monkeypatch.setattr(captured_step.CapturedStep, "__init__", note)
+    model = translation(places("fast-weight", *PLACES))
+    batch = translation_batch(model)
+    gc.disable()
+    try:
+        loop(model, ORDERS["beams move"])
+        assert len(kept) > 4 and not [x for x in kept if x() is not None]
+        kept.clear()
+        search(model, batch)
+        assert len(kept) > 4 and not [x for x in kept if x() is not None]
+    finally:
+        gc.enable()
+
+
+# --- What is not captured --------------------------------------------------------------------------------------------
+
+
+class Foreign(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return self.base(x) + (x.mean().item() > 1e9)
+
+
+def foreign(model):
+    model.decoder.layers[0].fc1 = Foreign(model.decoder.layers[0].fc1).eval()
+
+
+def other_forward(model):
+    forward = model.decoder.layers[1].fc1.forward
+    model.decoder.layers[1].fc1.forward = lambda x: forward(x)
+
+
+def random(model):
+    model.decoder.layers[0].features_dropout = captured_step.nn.Dropout(0.5)
+
+
+def retained_dropout(model):
+    model.decoder.layers[0].dropout_module.apply_during_inference = True
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        foreign,
+        other_forward,
+        retained_dropout,
+        lambda model: model.decoder.layers[0].fc2.register_forward_hook(lambda *_: None),
+        lambda model: model.decoder.layers[0].fc2.register_forward_pre_hook(lambda *_: None),
+        lambda model: model.decoder.layers[0].train(),
+        lambda model: model.decoder.train(),
+    ],
+    ids=["foreign", "other forward", "dropout", "hook", "pre-hook", "a layer in training", "training"],
+)
+def test_what_may_differ_from_token_to_token_is_not_captured(change, graphs):
+    model = translation([])
+    change(model)
+    loop(model, ORDERS["beams move"])
+    assert not graphs.captures
+
+
+def test_softmax_in_the_decoder_is_not_captured(graphs):
+    model = translation(["--decoder-self-attention", "softmax", "--cross-attention", "fast-weight"])
+    loop(model, ORDERS["beams move"])
+    assert not graphs.captures
+
+
+def test_nothing_is_captured_in_modes_that_see_through_python(graphs):
+    model = translation([])
+    with torch.autocast("cpu"), unittest.mock.patch.object(torch, "is_autocast_enabled", lambda device: True):
+        loop(model, ORDERS["beams move"])
+    with unittest.mock.patch.object(torch.compiler, "is_compiling", lambda: True):
+        loop(model, ORDERS["nobody moves"])
+    assert not graphs.captures
+    loop(model, ORDERS["nobody moves"])
+    assert graphs.captures == 1
+
+
+def test_the_switch_says_what_it_allows(graphs, monkeypatch):
+    monkeypatch.setenv(captured_step.SWITCH, "no")
+    with pytest.raises(ValueError, match="FWP_CUDA_GRAPHS is no, allowed are 0 and 1"):
+        loop(translation([]), ORDERS["nobody moves"])
+
+
+def test_what_cannot_be_captured_after_all_is_said_and_decoded_without(graphs, caplog):
+    model = translation(places("fast-weight", *PLACES))
+    layer = model.decoder.layers[0]
+    activation = layer.activation_fn
+    layer.activation_fn = lambda x: activation(x) if x.sum().item() < 1e9 else x
+    same_with_and_without(loop, model, ORDERS["sentences end"])
+    assert graphs.captures == 1 and not graphs.replayed
+    assert "decoding goes on without a captured graph: aten._local_scalar_dense" in caplog.text

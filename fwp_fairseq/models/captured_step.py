@@ -22,8 +22,7 @@ import copy
 import logging
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -176,8 +175,7 @@ class CapturedStep:
         # What a step reads. A graph knows addresses only: what is there must not be freed.
         self._order = self._in_order.clone()
         self._tokens = tokens[:, -1:].clone()
-        self._words, position = _look_up(decoder, tokens)
-        self._position = None if position is None else position.clone()
+        self._looked_up = [x.clone() for x in _look_up(decoder, tokens)]
         self._weights = [x.detach() for x in (*decoder.parameters(), *decoder.buffers())]
         self._states = [
             attention.get_incremental_state(incremental_state, "attn_state")
@@ -186,45 +184,40 @@ class CapturedStep:
         ]
         self._sources = [x for layer in decoder.layers for x in _sources_of(layer, incremental_state)]
         self._beams = self.rows // self._sources[0].size(0) if self._sources else 1
-        # fairseq's attention takes for granted that a row stays with its sentence as long as none leaves.
-        is_asked = any(isinstance(layer.encoder_attn, FastWeightCrossAttention) for layer in decoder.layers)
-        self._sentences = self._in_order // self._beams if is_asked else None
+        # fairseq's attention takes for granted that a row stays with its sentence until one leaves the batch.
+        self._can_leave_sentence = any(isinstance(x, FastWeightCrossAttention) for x in _attentions(decoder))
         self._decode_and_capture(self._reader(decoder), encoder_out, dict(incremental_state))
 
     def _reader(self, decoder: Any) -> Any:
         """``decoder``, with the same layers, but what is looked up comes from here."""
         reader = copy.copy(decoder)
         reader._modules = dict(decoder._modules)
-        reader.embed_tokens = _Given(self._words)
-        if self._position is not None:
-            reader.embed_positions = _Given(self._position)
+        for name, x in zip(("embed_tokens", "embed_positions"), self._looked_up):
+            setattr(reader, name, _Given(x))
         # So fairseq takes the mask of padding as it is, and does not ask the device whether there is any.
         reader.cross_self_attention = True
         return reader
 
     def _decode_and_capture(self, reader: Any, encoder_out: Any, incremental_state: IncrementalState) -> None:
-        def step() -> tuple[Tensor, Optional[Tensor]]:
+        def step() -> list[Tensor]:
             for state in self._states:
                 state.reorder_rows(self._order)
             features, extra = reader.extract_features(self._tokens, encoder_out, incremental_state)
-            return features, extra["attn"][0]
+            return [x for x in (features, *extra["attn"]) if x is not None]
 
         def step_in_place() -> None:
             for kept, x in zip(self._outputs, step()):
-                if kept is not None:
-                    kept.copy_(x)
+                kept.copy_(x)
             for state, left in zip(self._states, self._left):
                 for name, x in state.as_left().items():
                     if x is not left[name]:
                         left[name].copy_(x)
 
-        graph = Graph(self._tokens.device)
-        with graph.aside():
-            self._outputs = step()
+        # All that is launched has to have been launched before: by the token itself.
+        self._outputs = step()
         self._left = [state.as_left() for state in self._states]
         try:
-            graph.capture(step_in_place)
-            self.graph = graph
+            self.graph = Graph(step_in_place, self._tokens.device)
         except RuntimeError as error:
             self.graph = None
             logger.warning("decoding goes on without a captured graph: %s", error)
@@ -239,9 +232,9 @@ class CapturedStep:
         """Whether the next token can be decoded for so many rows, in the order that was noted."""
         order = self._in_order[: self.rows] if self._noted is None else self._noted
         half_would_do = rows <= self._most_rows // 2 and self._most_rows > _FEW_ROWS
-        if order.size(0) != rows or rows > self._most_rows or half_would_do:
+        if self.graph is None or not self.graph.is_here():
             return False
-        if self.graph is None or not self.graph.is_here() or not self._move_sources(order):
+        if order.size(0) != rows or rows > self._most_rows or half_would_do or not self._move_sources(order):
             return False
         if rows < self.rows:
             # Each row that nobody looks at goes on by itself: siblings would have to wait for each other.
@@ -253,10 +246,10 @@ class CapturedStep:
     def _move_sources(self, order: Tensor) -> bool:
         """Let each sentence that is left have its own; False if beams of one sentence are not next to each other."""
         rows = order.size(0)
-        if not self._sources or rows == self.rows and self._sentences is None:
+        if not self._sources or rows == self.rows and not self._can_leave_sentence:
             return True
         sentences = order // self._beams
-        if rows == self.rows and sentences.equal(self._sentences[:rows]):
+        if rows == self.rows and sentences.equal(self._in_order[:rows] // self._beams):
             return True
         where = sentences[:: self._beams]
         if rows % self._beams or not sentences.equal(where.repeat_interleave(self._beams)):
@@ -267,18 +260,21 @@ class CapturedStep:
 
     def replay(self, decoder: Any, tokens: Tensor) -> None:
         """Decode the last of ``tokens``, (B, T), for which ``begin`` was asked."""
-        words, position = _look_up(decoder, tokens)
-        self._tokens[: self.rows].copy_(tokens[:, -1:])
-        self._words[: self.rows].copy_(words)
-        if self._position is not None:
-            self._position.copy_(position)
+        for here, x in zip((self._tokens, *self._looked_up), (tokens[:, -1:], *_look_up(decoder, tokens))):
+            here[: x.size(0)].copy_(x)
         assert self.graph is not None
         self.graph.replay()
 
     def outputs(self) -> tuple[Tensor, Optional[Tensor]]:
         """Features (B, 1, C), and attention (B, 1, S) or None, of the token that was decoded last."""
-        features, attn = (None if x is None else x[: self.rows].clone() for x in self._outputs)
-        return features, attn
+        features, *attn = (x[: self.rows].clone() for x in self._outputs)
+        return features, attn[0] if attn else None
+
+    def __deepcopy__(self, memo: Any) -> "CapturedStep":
+        """A copy of a search goes on without the graph, which is of this one's tensors."""
+        other = copy.copy(self)
+        other.graph = None
+        return other
 
     def leave(self, decoder: Any, incremental_state: IncrementalState) -> None:
         """Let the modules go on without this step."""
@@ -286,12 +282,12 @@ class CapturedStep:
         decoder.reorder_incremental_state_scripting(incremental_state, order)
 
 
-def _look_up(decoder: Any, tokens: Tensor) -> tuple[Tensor, Optional[Tensor]]:
-    """Embedding of the last of the tokens (B, T), (B, 1, C), and of its position, (1, 1, C), which all rows share."""
+def _look_up(decoder: Any, tokens: Tensor) -> list[Tensor]:
+    """Embedding of the last of the tokens (B, T), (B, 1, C), and of its position, (1, 1, C), if there are positions."""
     words = decoder.embed_tokens(tokens[:, -1:].contiguous())
     if decoder.embed_positions is None:
-        return words, None
-    return words, decoder.embed_positions(tokens, incremental_state={})[:1]
+        return [words]
+    return [words, decoder.embed_positions(tokens, incremental_state={})[:1]]
 
 
 def _sources_of(layer: Any, incremental_state: IncrementalState) -> Collection[Tensor]:
@@ -319,46 +315,36 @@ class _Given(nn.Module):
 
 
 class Graph:
-    """What a function launches on a GPU, captured, for the stream that is the current one now.
+    """All that ``function`` launches on a GPU, which ``replay`` launches at once on the stream that is current now.
 
-    Graphs of a stream take their memory from one pool, which the last of them keeps: what they have in it is for the
-    time of a replay only, and replays of a stream follow each other.
+    Capturing runs nothing. Raises RuntimeError if ``function`` does what cannot be captured. All graphs of a stream
+    have one pool of memory, which the last of them keeps: what they have there is for the time of a replay, and replays
+    on a stream follow each other.
     """
 
-    # Whatever is launched on a stream during a capture belongs to it: one thread at a time.
+    # Of each stream, the one that its captures are on, by one thread at a time, and its last graph.
     _lock = threading.Lock()
-    _side: ClassVar[dict[torch.cuda.Stream, torch.cuda.Stream]] = {}
+    _beside: ClassVar[dict[torch.cuda.Stream, torch.cuda.Stream]] = {}
     _last: ClassVar[dict[torch.cuda.Stream, torch.cuda.CUDAGraph]] = {}
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, function: Callable[[], None], device: torch.device) -> None:
         self._stream = torch.cuda.current_stream(device)
         self._graph = torch.cuda.CUDAGraph()
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Within this context the current stream is another one, always the same; it is waited for, and waits."""
         with self._lock:
-            side = self._side.setdefault(self._stream, torch.cuda.Stream(self._stream.device))
-            side.wait_stream(self._stream)
-            try:
-                with torch.cuda.stream(side):
-                    yield
-            finally:
-                self._stream.wait_stream(side)
-
-    def capture(self, function: Callable[[], None]) -> None:
-        """Capture ``function``, which has been run ``aside`` before. Raises RuntimeError if it asks the device."""
-        last = self._last.get(self._stream)
-        with self.aside():
-            self._graph.capture_begin(None if last is None else last.pool(), capture_error_mode="thread_local")
-            try:
-                function()
-            finally:
-                self._graph.capture_end()
-        self._last[self._stream] = self._graph
+            if self._stream not in self._beside:
+                self._beside[self._stream] = torch.cuda.Stream(device)
+            last = self._last.get(self._stream)
+            with torch.cuda.stream(self._beside[self._stream]):
+                # Meanwhile other threads may do what they like, but for drawing random numbers on this device.
+                self._graph.capture_begin(None if last is None else last.pool(), capture_error_mode="thread_local")
+                try:
+                    function()
+                finally:
+                    self._graph.capture_end()
+            self._last[self._stream] = self._graph
 
     def is_here(self) -> bool:
-        """Whether it can be replayed: the stream is the current one."""
+        """Whether it can be replayed: its stream is the current one."""
         return torch.cuda.current_stream(self._stream.device) == self._stream
 
     def replay(self) -> None:
