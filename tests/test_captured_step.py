@@ -184,13 +184,13 @@ ORDERS = {
 }
 
 
-def loop(model, orders, before=lambda token, words, state: None, batch_size=3):
-    """Logits of each token, whose words differ by row.
+def loop(model, orders, before=lambda token, words, state: None):
+    """Logits and attention of each token, whose words differ by row.
 
     ``before`` each token may change what there is, and return options and another state.
     """
     batch = translation_batch(model, batch=3, source=7)
-    logits, state = [], {}
+    found, state = [], {}
     with torch.no_grad():
         encoder_out = model.encoder(batch["src_tokens"], batch["src_lengths"])
         encoder_out = model.encoder.reorder_encoder_out(encoder_out, torch.arange(3).repeat_interleave(2))
@@ -202,9 +202,10 @@ def loop(model, orders, before=lambda token, words, state: None, batch_size=3):
                     words, encoder_out = words[new], model.encoder.reorder_encoder_out(encoder_out, new)
                     model.decoder.reorder_incremental_state_scripting(state, new)
             options, state = before(token, words, state) or ({}, state)
-            logits.append(model.decoder(words, encoder_out, state, **options)[0])
+            logits, extra = model.decoder(words, encoder_out, state, **options)
+            found += [x for x in (logits, *extra["attn"]) if x is not None]
             words = torch.cat([words, tokens(model, len(words), 1, seed=token)], dim=1)
-    return logits
+    return found
 
 
 @models
@@ -397,10 +398,6 @@ def foreign(model):
 def other_forward(model):
     forward = model.decoder.layers[1].fc1.forward
     model.decoder.layers[1].fc1.forward = lambda x: forward(x)
-
-
-def random(model):
-    model.decoder.layers[0].features_dropout = captured_step.nn.Dropout(0.5)
 
 
 def retained_dropout(model):

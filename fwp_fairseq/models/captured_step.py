@@ -186,7 +186,7 @@ class CapturedStep:
         self._beams = self.rows // self._sources[0].size(0) if self._sources else 1
         # fairseq's attention takes for granted that a row stays with its sentence until one leaves the batch.
         self._can_leave_sentence = any(isinstance(x, FastWeightCrossAttention) for x in _attentions(decoder))
-        self._decode_and_capture(self._reader(decoder), encoder_out, dict(incremental_state))
+        self._decode_and_capture(self._reader(decoder), encoder_out, incremental_state)
 
     def _reader(self, decoder: Any) -> Any:
         """``decoder``, with the same layers, but what is looked up comes from here."""
