@@ -13,6 +13,7 @@ import weakref
 
 import pytest
 import torch
+from fairseq.search import Sampling
 from fairseq.sequence_generator import SequenceGenerator
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from tiny_models import PLACES, build_lm, build_translation, dictionary, places, tokens, translation_batch
@@ -23,6 +24,8 @@ from torch.utils._pytree import tree_flatten
 from fwp_fairseq.models import captured_step
 from fwp_fairseq.tasks.parallel_prefix import FWPLanguageModelingTask
 
+# test_graph_gpu.py has others.
+DEVICE, DTYPE, TOLERANCE = "cpu", torch.float32, 1e-5
 ASKING = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "lift_fresh", "unique")
 
 
@@ -92,23 +95,27 @@ def sharpened(model, beam=5):
     with torch.no_grad():
         model.decoder.output_projection.weight.mul_(4)
     model.eval().prepare_for_inference_(argparse.Namespace(generation=argparse.Namespace(beam=beam)))
-    return model
+    return model.to(DEVICE, DTYPE)
 
 
-def search(model, batch, beam=5, max_len=12):
+def sources(model, batch, source=9):
+    made = translation_batch(model, batch=batch, source=source)
+    return {key: made[key].to(DEVICE) for key in ("src_tokens", "src_lengths")}
+
+
+def search(model, batch, beam=5, max_len=12, **options):
     generator = SequenceGenerator(
-        [model], model.decoder.dictionary, beam_size=beam, max_len_b=max_len, unk_penalty=math.inf
+        [model], model.decoder.dictionary, beam_size=beam, max_len_b=max_len, unk_penalty=math.inf, **options
     )
-    net_input = {key: batch[key] for key in ("src_tokens", "src_lengths") if key in batch}
-    return generator.generate([model], {"net_input": net_input})
+    return generator.generate([model], {"net_input": batch})
 
 
 def assert_same(found, expected):
     for ours, theirs in zip(found, expected, strict=True):
         assert [h["tokens"].tolist() for h in ours] == [h["tokens"].tolist() for h in theirs]
         for a, b in zip(ours, theirs):
-            torch.testing.assert_close(a["positional_scores"], b["positional_scores"], rtol=0, atol=1e-5)
-            torch.testing.assert_close(a["attention"], b["attention"], rtol=0, atol=1e-5)
+            torch.testing.assert_close(a["positional_scores"], b["positional_scores"], rtol=0, atol=TOLERANCE)
+            torch.testing.assert_close(a["attention"], b["attention"], rtol=0, atol=TOLERANCE)
 
 
 def without_graphs(function, *args, **kwargs):
@@ -119,9 +126,8 @@ def without_graphs(function, *args, **kwargs):
 def same_with_and_without(function, *args, **kwargs):
     """What ``function`` finds, with tolerance for other numbers of rows."""
     expected = without_graphs(function, *args, **kwargs)
-    assert not RecordedGraph.captures
-    found = function(*args, **kwargs)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not captured_step.Graph.captures
+    torch.testing.assert_close(function(*args, **kwargs), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 MODELS = {
@@ -149,7 +155,7 @@ def translation(flags, beam=5):
 @pytest.mark.parametrize("beam", [1, 5])
 def test_beam_search_finds_the_same(flags, beam, graphs):
     model = translation(flags, beam)
-    batch = translation_batch(model, batch=4, source=9)
+    batch = sources(model, 4)
     expected = without_graphs(search, model, batch, beam)
     assert not graphs.captures
     found = search(model, batch, beam)
@@ -161,7 +167,7 @@ def test_beam_search_finds_the_same(flags, beam, graphs):
 def test_attention_is_that_of_the_token(flags, graphs):
     model = translation(flags)
     model.decoder.give_weights(True)
-    batch = translation_batch(model, batch=2, source=9)
+    batch = sources(model, 2)
     expected = without_graphs(search, model, batch)
     assert_same(search(model, batch), expected)
     assert graphs.replayed and all(h["attention"].size(0) == 9 for row in expected for h in row)
@@ -189,22 +195,22 @@ def loop(model, orders, before=lambda token, words, state: None):
 
     ``before`` each token may change what there is, and return options and another state.
     """
-    batch = translation_batch(model, batch=3, source=7)
     found, state = [], {}
     with torch.no_grad():
-        encoder_out = model.encoder(batch["src_tokens"], batch["src_lengths"])
-        encoder_out = model.encoder.reorder_encoder_out(encoder_out, torch.arange(3).repeat_interleave(2))
-        words = torch.full((6, 1), 2)
+        encoder_out = model.encoder(**sources(model, 3))
+        two_beams = torch.arange(3, device=DEVICE).repeat_interleave(2)
+        encoder_out = model.encoder.reorder_encoder_out(encoder_out, two_beams)
+        words = torch.full((6, 1), 2, device=DEVICE)
         for token, order in enumerate(orders):
             for new in [order] if order is None or isinstance(order[0], int) else order:
                 if new is not None:
-                    new = torch.tensor(new)
+                    new = torch.tensor(new, device=DEVICE)
                     words, encoder_out = words[new], model.encoder.reorder_encoder_out(encoder_out, new)
                     model.decoder.reorder_incremental_state_scripting(state, new)
             options, state = before(token, words, state) or ({}, state)
             logits, extra = model.decoder(words, encoder_out, state, **options)
             found += [x for x in (logits, *extra["attn"]) if x is not None]
-            words = torch.cat([words, tokens(model, len(words), 1, seed=token)], dim=1)
+            words = torch.cat([words, tokens(model, len(words), 1, seed=token).to(DEVICE)], dim=1)
     return found
 
 
@@ -258,7 +264,7 @@ def test_a_copy_of_a_search_goes_on_as_the_search_does(flags, graphs):
     orders = [None, None, None, *MOVES[2:], [1, 0], [0, 0]]
     with torch.no_grad():
         expected = without_graphs(loop, model, orders)
-    torch.testing.assert_close(loop(model, orders, on_a_copy), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loop(model, orders, on_a_copy), expected, rtol=TOLERANCE, atol=TOLERANCE)
     assert graphs.replayed
 
 
@@ -272,7 +278,7 @@ def test_a_batch_that_shrinks_is_replayed_with_fewer_rows_and_captured_anew_for_
     model = translation(places("fast-weight", *PLACES))
     with torch.no_grad():
         model.decoder.output_projection.weight[model.decoder.dictionary.eos()] *= 3
-    batch = translation_batch(model, batch=8, source=9)
+    batch = sources(model, 8)
     expected = without_graphs(search, model, batch, max_len=40)
     assert_same(search(model, batch, max_len=40), expected)
     assert len(set(rows)) > 2 and graphs.captures == 1, rows
@@ -285,7 +291,7 @@ def test_a_batch_that_shrinks_is_replayed_with_fewer_rows_and_captured_anew_for_
 def test_searches_in_turn_do_not_meet(flags, graphs):
     """Two models in an ensemble, a search after another, and one that begins while another is at work."""
     ours, theirs = translation(flags), translation(["--update-rule", "gated-delta", *flags])
-    batches = [translation_batch(ours, batch=n, source=7 + n) for n in (2, 3)]
+    batches = [sources(ours, n, source=7 + n) for n in (2, 3)]
     generators = [
         SequenceGenerator(models, ours.decoder.dictionary, beam_size=3, max_len_b=8)
         for models in ([ours, theirs], [ours])
@@ -295,8 +301,7 @@ def test_searches_in_turn_do_not_meet(flags, graphs):
         found = []
         for generator in generators:
             for batch in batches:
-                net_input = {key: batch[key] for key in ("src_tokens", "src_lengths")}
-                found += generator.generate([], {"net_input": net_input})
+                found += generator.generate([], {"net_input": batch})
         return found
 
     expected = without_graphs(both)
@@ -318,9 +323,9 @@ def test_searches_in_turn_do_not_meet(flags, graphs):
 
 def test_the_next_search_has_the_weights_that_there_are_then(graphs):
     model = translation([])
-    batch = translation_batch(model)
+    batch = sources(model, 3)
     before = search(model, batch)
-    model.decoder.layers[0].fc1 = nn.Linear(8, 16).eval()
+    model.decoder.layers[0].fc1 = nn.Linear(8, 16).eval().to(DEVICE)
     with torch.no_grad():
         model.decoder.layers[1].self_attn.v_proj.weight *= -2
     found = search(model, batch)
@@ -341,11 +346,11 @@ def test_the_next_search_has_the_weights_that_there_are_then(graphs):
 @pytest.mark.parametrize("read_ahead", [False, True])
 def test_a_language_model_continues_its_prompt_as_before(flags, read_ahead, graphs):
     torch.manual_seed(2)
-    model = build_lm(*flags).eval()
+    model = build_lm(*flags).eval().to(DEVICE)
     model.prepare_for_inference_(argparse.Namespace(generation=argparse.Namespace(beam=3)))
     task = (FWPLanguageModelingTask if read_ahead else LanguageModelingTask)(LanguageModelingConfig(), dictionary(20))
     generator = task.build_generator([model], argparse.Namespace(beam=3, max_len_b=14))
-    prompt = tokens(model, 2, 5)
+    prompt = tokens(model, 2, 5).to(DEVICE)
 
     def continuations():
         return task.inference_step(generator, [model], {"net_input": {"src_tokens": prompt}}, prefix_tokens=prompt)
@@ -367,7 +372,7 @@ def test_nothing_of_a_step_outlives_its_search(graphs, monkeypatch):
 
     monkeypatch.setattr(captured_step.CapturedStep, "__init__", note)
     model = translation(places("fast-weight", *PLACES))
-    batch = translation_batch(model)
+    batch = sources(model, 3)
     gc.disable()
     try:
         loop(model, ORDERS["beams move"])
@@ -377,6 +382,20 @@ def test_nothing_of_a_step_outlives_its_search(graphs, monkeypatch):
         assert len(kept) > 4 and not [x for x in kept if x() is not None]
     finally:
         gc.enable()
+
+
+def test_words_are_drawn_as_before(graphs):
+    """Capturing and replaying draw no random numbers."""
+    model = translation([])
+    batch = sources(model, 3)
+
+    def drawn():
+        torch.manual_seed(1)
+        return search(model, batch, search_strategy=Sampling(model.decoder.dictionary))
+
+    expected = without_graphs(drawn)
+    assert_same(drawn(), expected)
+    assert graphs.replayed and len({str(h["tokens"].tolist()) for row in expected for h in row}) > 3
 
 
 # --- What is not captured --------------------------------------------------------------------------------------------
@@ -454,4 +473,7 @@ def test_what_cannot_be_captured_after_all_is_said_and_decoded_without(graphs, c
     layer.activation_fn = lambda x: activation(x) if x.sum().item() < 1e9 else x
     same_with_and_without(loop, model, ORDERS["sentences end"])
     assert graphs.captures == 1 and not graphs.replayed
-    assert "decoding goes on without a captured graph: aten._local_scalar_dense" in caplog.text
+    assert "decoding goes on without a captured graph: " in caplog.text
+    layer.activation_fn = activation
+    search(model, sources(model, 2))
+    assert graphs.replayed
