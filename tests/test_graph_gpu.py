@@ -37,7 +37,6 @@ def graphs(monkeypatch):
     monkeypatch.setattr(captured_step, "Graph", Counted)
     monkeypatch.setattr(on_cpu, "DEVICE", "cuda")
     monkeypatch.setattr(on_cpu, "TOLERANCE", 1e-4)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     return Counted
 
 
