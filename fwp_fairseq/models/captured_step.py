@@ -332,7 +332,8 @@ class Graph:
         self._graph = torch.cuda.CUDAGraph()
         with self._lock:
             if self._stream not in self._beside:
-                self._beside[self._stream] = torch.cuda.Stream(device)
+                # Of those with priority, which hardly anybody else draws: torch gives out the same few in turn.
+                self._beside[self._stream] = torch.cuda.Stream(device, priority=-1)
             last = self._last.get(self._stream)
             with torch.cuda.stream(self._beside[self._stream]):
                 # Meanwhile other threads may do what they like, but for drawing random numbers on this device.
