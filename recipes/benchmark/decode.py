@@ -279,6 +279,12 @@ def plot(rows: list[Row], path: Path) -> None:
     save_figure(figure, path)
 
 
+def gpu_is_there() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def main() -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -300,6 +306,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.fp16 and not options.gpu:
         parser.error("--fp16 is for --gpu: on a processor half precision is not quicker")
+    if options.gpu and not gpu_is_there():
+        parser.error("--gpu needs a GPU, and torch finds none")
     if options.worker:
         row = generate(options.output, Run(**json.loads(options.worker)))
         (options.output / "run.json").write_text(json.dumps(vars(row)))
