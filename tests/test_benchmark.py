@@ -1,5 +1,6 @@
 """The benchmark recipes: what they say of their figures, and of wrong arguments. Nothing is timed here."""
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -43,6 +44,27 @@ def test_every_run_of_decoding_has_its_softmax_and_its_data(monkeypatch):
     assert all((r.beam, r.sentences, r.length) in softmax for r in decode.RUNS)
     assert {r.sentences for r in decode.RUNS} <= set(decode.SUBSETS)
     assert {5} == {r.beam for r in decode.RUNS if r.model == "softmax"} - {1}
+
+
+def test_every_captured_run_of_decoding_has_one_without_and_both_their_softmax(monkeypatch):
+    decode = load("decode", monkeypatch)
+    runs = set(decode.GPU_RUNS)
+    for run in runs:
+        name = run.model.removesuffix(decode.EAGER)
+        beside = [name] if "softmax" in name else [name, name + decode.EAGER]
+        beside.append("lm softmax" if decode.is_lm(name) else "softmax")
+        assert all(dataclasses.replace(run, model=other) in runs for other in beside)
+    assert {run.sentences for run in runs} <= set(decode.SUBSETS)
+    rows = [
+        decode.Row("softmax", 5, 1, 64, 20.0, 40.0, 60.0, 1000, 700.0),
+        decode.Row("decoder, eager", 5, 1, 64, 40.0, 20.0, 20.0, 900, 700.0),
+        decode.Row("decoder", 5, 1, 64, 100.0, 10.0, 10.0, 900, 700.0),
+    ]
+    assert [claim.partition(": ")[2] for claim in decode.claims(rows)] == [
+        "2.00 x softmax; last / first tenth 1.000",
+        "5.00 x softmax; last / first tenth 1.000",
+        "2.50 x decoder, eager; last / first tenth 1.000",
+    ]
 
 
 def test_operators_are_compared_with_the_best_of_the_others(monkeypatch):

@@ -20,6 +20,7 @@ from fairseq.models.transformer import (
 from fairseq.models.transformer import transformer_legacy as fairseq_architectures
 from torch import Tensor, nn
 
+from fwp_fairseq.models.captured_step import CapturesSteps
 from fwp_fairseq.models.memory_log import LogsMemory
 from fwp_fairseq.models.options import complete_pruning, name_dropout, plain_options
 from fwp_fairseq.modules.carried_state import CarriesState, IncrementalState, InThread
@@ -154,7 +155,7 @@ class FWPTransformerEncoder(TransformerEncoderBase):
         return wrap_layer(FastWeightEncoderLayer(cfg, return_fc=self.return_fc), cfg)
 
 
-class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
+class FWPTransformerDecoder(CapturesSteps, CarriesState, TransformerDecoderBase):
     """fairseq's Transformer decoder with FastWeightDecoderLayer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -233,6 +234,8 @@ class FWPTransformerDecoder(CarriesState, TransformerDecoderBase):
 
     def reorder_incremental_state_scripting(self, incremental_state: Any, new_order: Tensor) -> None:
         """As fairseq's, which for every token looks through all modules for those that have a state."""
+        if self.note_order(incremental_state, new_order):
+            return
         modules = self.get_incremental_state(incremental_state, _MODULES)
         if modules is None:
             modules = [x for x in self.modules() if hasattr(x, "reorder_incremental_state")]

@@ -14,6 +14,7 @@ MEMORY = "prev_key"
 NORMALIZER = "normalizer"
 # Large: a new order of the beams does not move them.
 _IN_PLACES = (MEMORY, NORMALIZER)
+_PLACES = "places"
 
 
 class AttentionState:
@@ -83,8 +84,31 @@ class AttentionState:
         """A tensor of sentences, or None."""
         return self._shared.get(name)
 
+    def of_sentences(self) -> LayerState:
+        """All tensors of sentences."""
+        return self._shared
+
+    def as_left(self) -> LayerState:
+        """All that a step leaves for the next one: tensors of rows and in places, as they lie, and the places."""
+        return {**self._tensors, **({} if self._places is None else {_PLACES: self._places})}
+
+    def go_on_in(self, left: LayerState) -> None:
+        """Let the next step find what is in ``left``, of an earlier ``as_left``."""
+        self._tensors = {name: x for name, x in left.items() if name != _PLACES}
+        self._places, self._order = left.get(_PLACES), None
+
     def reorder(self, order: Tensor) -> None:
         """Let row i go on from what row ``order[i]`` has."""
+        self.reorder_rows(order)
+        if self._sources is not None:
+            # Beams change places within their sentence, which is no change here; whole sentences leave the batch.
+            sources = self._sources.index_select(0, order)
+            if not sources.equal(self._sources):
+                where = sources[:: beams_of(sources[:, None])]
+                self.share(order.size(0), **{name: x.index_select(0, where) for name, x in self._shared.items()})
+
+    def reorder_rows(self, order: Tensor) -> None:
+        """As ``reorder`` where row i and row ``order[i]`` are of the same sentence, which nobody asks the device."""
         for name, x in self._tensors.items():
             if name not in _IN_PLACES:
                 self._tensors[name] = x.index_select(0, order)
@@ -95,12 +119,6 @@ class AttentionState:
             if order.size(0) > memory.size(0):
                 self._tensors = self.rows()
                 self._places = self._order = None
-        if self._sources is not None:
-            # Beams change places within their sentence, which is no change here; whole sentences leave the batch.
-            sources = self._sources.index_select(0, order)
-            if not sources.equal(self._sources):
-                where = sources[:: beams_of(sources[:, None])]
-                self.share(order.size(0), **{name: x.index_select(0, where) for name, x in self._shared.items()})
 
     def _where(self) -> Optional[Tensor]:
         """Where each row has its memory; None: row i in place i."""

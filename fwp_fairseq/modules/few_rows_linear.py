@@ -54,6 +54,12 @@ def use_few_rows_linear(module: nn.Module) -> None:
             layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody has given it another ``forward`` than its class, and than ``use_few_rows_linear``."""
+    forward = vars(module).get("forward")
+    return not (forward is None or getattr(forward, "func", None) is _forward)
+
+
 def _forward(layer: nn.Linear, input: Tensor) -> Tensor:
     if type(layer) is not nn.Linear:
         return type(layer).forward(layer, input)
@@ -71,11 +77,11 @@ def _plain_parameters(layers: Sequence[Any]) -> Optional[tuple[list[Tensor], lis
         if type(layer) is not nn.Linear:
             return None
         own = vars(layer)
-        forward, parameters = own.get("forward"), own["_parameters"]
+        parameters = own["_parameters"]
         if (
             own["_forward_pre_hooks"]
             or own["_forward_hooks"]
-            or not (forward is None or getattr(forward, "func", None) is _forward)
+            or has_own_forward(layer)
             or "weight" not in parameters
             or "bias" not in parameters
         ):

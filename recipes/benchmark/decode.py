@@ -6,6 +6,9 @@ medium shape (width 256, feed-forward 2,048, 8 heads, 16 layers), with random we
 write outputs of a fixed length (--min-len). Softmax is fairseq's own transformer and transformer_lm. Each run is
 fairseq-generate in a process of its own; a token's time is that from one call of the decoder to the next, search
 included. The state is what the decoder carries from token to token, cross-attention apart, for each hypothesis.
+
+With --gpu all runs are in this process, with and without captured steps (", eager"); the table is decode-gpu.csv, or,
+with --fp16, decode-gpu-fp16.csv, and memory is the GPU's.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import logging
+import os
 import random
 import resource
 import statistics
@@ -20,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,7 +35,7 @@ from shared import WORDS, import_pyplot, preprocess, save_figure, write_csv, wri
 SOURCE_LENGTH = 25
 POSITIONS = 9000
 # Sentences of a batch, and what fairseq-preprocess calls the test set that has as many.
-SUBSETS = {16: "test", 4: "test1", 1: "test2"}
+SUBSETS = {16: "test", 4: "test1", 1: "test2", 64: "test3", 512: "test4"}
 
 LM_SIZE = "--decoder-layers 16 --decoder-embed-dim 256 --decoder-input-dim 256 --decoder-output-dim 256 "
 LM_SIZE += "--decoder-ffn-embed-dim 2048 --decoder-attention-heads 8"
@@ -43,6 +49,8 @@ MODELS = {
     "lm delta": f"--arch fwp_transformer_lm {LM_SIZE} {FAST}",
     "lm sum": f"--arch fwp_transformer_lm {LM_SIZE} --feature-map elu --update-rule sum",
 }
+# What a run without captured steps is called beside the model's name.
+EAGER = ", eager"
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,14 @@ RUNS = [
     for beam in (1, 5)
     for model in ("softmax", "decoder", "all places")
 ] + [Run(model, 1, 1, 8192) for model in ("lm softmax", "lm delta", "lm sum")]
+# The most telling first: there is not always time for all.
+GPU_RUNS = [
+    Run(model, beam, sentences, length)
+    for length, batches in ((64, (1, 16, 64, 512)), (256, (1, 64)), (1024, (1, 16)), (4096, (1,)))
+    for sentences in batches
+    for beam in (5, 1)
+    for model in ("softmax", f"decoder{EAGER}", "decoder", f"all places{EAGER}", "all places")
+] + [Run(model, 1, 1, 1024) for model in ("lm softmax", f"lm delta{EAGER}", "lm delta")]
 
 
 @dataclass(frozen=True)
@@ -109,6 +125,7 @@ def save_model(folder: Path, model: str) -> Path:
 
     import fwp_fairseq.models  # noqa: F401  (registers the architectures)
 
+    model = model.removesuffix(EAGER)
     path = folder / f"{model.replace(' ', '-')}.pt"
     if path.exists():
         return path
@@ -131,11 +148,13 @@ def save_model(folder: Path, model: str) -> Path:
     return path
 
 
-def generate(folder: Path, run: Run) -> Row:
+def generate(folder: Path, run: Run, device: Sequence[str] = ("--cpu",)) -> Row:
     """Run fairseq-generate in this process and look at the clock at every call of the decoder."""
+    import torch
     from fairseq import sequence_generator
     from fairseq_cli import generate as command
 
+    on_gpu = "--cpu" not in device
     clock: list[float] = []
     state: dict[str, int] = {}
     ensemble: Any = sequence_generator.EnsembleModel
@@ -146,9 +165,9 @@ def generate(folder: Path, run: Run) -> Row:
         result = plain(self, tokens, encoder_outs, incremental_states, *rest)
         if tokens.size(1) == run.length:
             state["bytes"] = bytes_of_state(self.models[0], incremental_states[0]) // tokens.size(0)
+            state["captured"] = any(type(x).__name__ == "CapturedStep" for x in incremental_states[0].values())
         return result
 
-    ensemble.forward_decoder = forward_decoder
     checkpoint = save_model(folder, run.model)
     data = folder / ("text" if is_lm(run.model) else "pair")
     task = ["--task", "language_modeling", "--sample-break-mode", "eos"] if is_lm(run.model) else []
@@ -156,28 +175,34 @@ def generate(folder: Path, run: Run) -> Row:
     size = ["--beam", run.beam, "--batch-size", run.sentences, "--max-tokens", 100000]
     sys.argv = ["fairseq-generate", str(data), "--path", str(checkpoint), *task]
     subset = "test" if is_lm(run.model) else SUBSETS[run.sentences]
-    sys.argv += [str(x) for x in [*limits, *size, "--gen-subset", subset, "--cpu", "--required-batch-size-multiple", 1]]
+    sys.argv += [str(x) for x in [*limits, *size, "--gen-subset", subset, "--required-batch-size-multiple", 1, *device]]
     sys.argv += ["--num-workers", "0", "--results-path", str(folder / "results")]
-    command.cli_main()
+    os.environ["FWP_CUDA_GRAPHS"] = "0" if run.model.endswith(EAGER) else "1"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    ensemble.forward_decoder = forward_decoder
+    try:
+        command.cli_main()
+    finally:
+        ensemble.forward_decoder = plain
+        logging.getLogger().handlers.clear()  # fairseq's writes to the file of results, which is closed
+    if state["captured"] != (on_gpu and "softmax" not in run.model and not run.model.endswith(EAGER)):
+        raise SystemExit(f"decode.py: {run.model} was{'' if state['captured'] else ' not'} decoded in a captured graph")
     steps = [(b - a) * 1e3 for a, b in zip(clock, clock[1:])][: run.length - 1]
     tenth = max(1, len(steps) // 10)
     # The first steps fill caches.
     first, last = statistics.median(steps[2 : tenth + 2]), statistics.median(steps[-tenth:])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated() / 2**20
     speed = 1e3 * run.sentences * len(steps) / sum(steps)
     return Row(run.model, run.beam, run.sentences, run.length, speed, first, last, state["bytes"], peak)
 
 
-def bytes_of_state(model: Any, incremental_state: dict[str, dict[str, Any]]) -> int:
+def bytes_of_state(model: Any, incremental_state: dict[str, Any]) -> int:
     """What the decoder's self-attention keeps, in bytes."""
-    found = 0
-    for layer in model.decoder.layers:
-        for name, tensors in incremental_state.items():
-            if name.startswith(layer.self_attn._incremental_state_id):
-                found += sum(
-                    x.numel() * x.element_size() for x in tensors.values() if x is not None and x.is_floating_point()
-                )
-    return found
+    kept = (layer.self_attn._get_input_buffer(incremental_state).values() for layer in model.decoder.layers)
+    return sum(x.nbytes for tensors in kept for x in tensors if x is not None and x.is_floating_point())
 
 
 def in_a_process_of_its_own(folder: Path, run: Run) -> Row:
@@ -203,24 +228,25 @@ def read_csv(path: Path) -> list[Row]:
 
 def format_row(row: Row) -> str:
     return (
-        f"  {row.model:<12} beam {row.beam}  sentences {row.sentences:>2}  length {row.length:>4}  "
+        f"  {row.model:<17} beam {row.beam}  sentences {row.sentences:>3}  length {row.length:>4}  "
         f"{row.tokens_per_second:8.1f} tokens/s   step {row.first_tenth_ms:7.2f} ms in the first tenth, "
         f"{row.last_tenth_ms:7.2f} ms in the last   state {row.state_bytes:>10,} bytes   peak {row.peak_mib:6.0f} MiB"
     )
 
 
 def claims(rows: list[Row]) -> list[str]:
-    """How fast weights compare with softmax, from what was measured."""
-    softmax = {(r.beam, r.sentences, r.length): r for r in rows if r.model in ("softmax", "lm softmax")}
+    """How fast weights compare with softmax, and captured steps with others, from what was measured."""
+    measured = {(row.model, row.beam, row.sentences, row.length): row for row in rows}
     found = []
     for row in rows:
-        other = softmax.get((row.beam, row.sentences, row.length))
-        if other is not None and "softmax" not in row.model:
-            found.append(
-                f"{row.model}, beam {row.beam}, {row.sentences} sentences, length {row.length}: "
-                f"{row.tokens_per_second / other.tokens_per_second:.2f} x softmax; "
-                f"last / first tenth {row.last_tenth_ms / row.first_tenth_ms:.3f}"
-            )
+        for baseline in ("lm softmax" if is_lm(row.model) else "softmax", row.model + EAGER):
+            other = measured.get((baseline, row.beam, row.sentences, row.length), row)
+            if other is not row:
+                found.append(
+                    f"{row.model}, beam {row.beam}, {row.sentences} sentences, length {row.length}: "
+                    f"{row.tokens_per_second / other.tokens_per_second:.2f} x {baseline}; "
+                    f"last / first tenth {row.last_tenth_ms / row.first_tenth_ms:.3f}"
+                )
     return found
 
 
@@ -253,6 +279,12 @@ def plot(rows: list[Row], path: Path) -> None:
     save_figure(figure, path)
 
 
+def gpu_is_there() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def main() -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -264,18 +296,25 @@ def main() -> int:
         ("--beams", "beam", "beam sizes"),
         ("--sentences", "sentences", "batch sizes"),
     ):
-        allowed = sorted({getattr(run, name) for run in RUNS})
+        allowed = sorted({getattr(run, name) for run in RUNS + GPU_RUNS})
         parser.add_argument(flag, type=int, nargs="+", choices=allowed, help=f"only these {what}")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), metavar="NAME", help="only these models")
+    names = list(dict.fromkeys(run.model for run in RUNS + GPU_RUNS))
+    parser.add_argument("--models", nargs="+", choices=names, metavar="NAME", help="only these models")
+    parser.add_argument("--gpu", action="store_true", help="on the GPU, in this process")
+    parser.add_argument("--fp16", action="store_true", help="in half precision; with --gpu")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.fp16 and not options.gpu:
+        parser.error("--fp16 is for --gpu: on a processor half precision is not quicker")
+    if options.gpu and not gpu_is_there():
+        parser.error("--gpu needs a GPU, and torch finds none")
     if options.worker:
         row = generate(options.output, Run(**json.loads(options.worker)))
         (options.output / "run.json").write_text(json.dumps(vars(row)))
         return 0
     wanted = [
         run
-        for run in RUNS
+        for run in (GPU_RUNS if options.gpu else RUNS)
         if (not options.lengths or run.length in options.lengths)
         and (not options.models or run.model in options.models)
         and (not options.beams or run.beam in options.beams)
@@ -284,7 +323,8 @@ def main() -> int:
     if not wanted:
         parser.error("no run has all of what was asked for: RUNS in this file has what there is")
     options.output.mkdir(parents=True, exist_ok=True)
-    table = options.output / "decode.csv"
+    device = (["--fp16"] if options.fp16 else []) if options.gpu else ["--cpu"]
+    table = options.output / f"decode{'-gpu' if options.gpu else ''}{'-fp16' if options.fp16 else ''}.csv"
     rows = read_csv(table)
     done = {(r.model, r.beam, r.sentences, r.length) for r in rows}
     with tempfile.TemporaryDirectory() as name:
@@ -293,12 +333,14 @@ def main() -> int:
         for run in wanted:
             # A run that is in the table is not done again: remove the file to start anew.
             if tuple(vars(run).values()) not in done:
-                rows.append(in_a_process_of_its_own(folder, run))
+                one = generate(folder, run, device) if options.gpu else in_a_process_of_its_own(folder, run)
+                rows.append(one)
                 write_rows(table, rows)
                 print(format_row(rows[-1]), flush=True)
     print()
     print("\n".join(claims(rows)))
-    plot(rows, options.output / "decode.png")
+    if not options.gpu:
+        plot(rows, options.output / "decode.png")
     return 0
 
 
