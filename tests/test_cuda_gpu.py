@@ -34,8 +34,7 @@ def exact(inputs: dict) -> dict:
 @rules
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 2, 300, 40, 70), (2, 1, 50, 256, 64)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, FLOAT32)])
-def test_values_and_gradients_agree_with_the_float64_loop(backend, uses, shape, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def test_values_and_gradients_agree_with_the_float64_loop(backend, uses, shape, dtype, tolerance):
     inputs = on_gpu(make_inputs(shape, uses, dtype))
     assert_agree(on_cpu(results(inputs, backend)), exact(inputs), tolerance)
 
@@ -52,9 +51,8 @@ def test_half_precision(dtype, tolerance, d_v):
 
 @backends
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, FLOAT32), (torch.bfloat16, 2e-2)])
-def test_strided_and_expanded_inputs(backend, dtype, tolerance, monkeypatch):
+def test_strided_and_expanded_inputs(backend, dtype, tolerance):
     """As attention has them, heads within rows, and gates that are one for all heads."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     inputs = on_gpu(make_inputs((2, 3, 150, 24, 40), (True, True, True), dtype))
     for name in ("q", "k", "v"):
         inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)

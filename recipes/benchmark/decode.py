@@ -7,8 +7,8 @@ write outputs of a fixed length (--min-len). Softmax is fairseq's own transforme
 fairseq-generate in a process of its own; a token's time is that from one call of the decoder to the next, search
 included. The state is what the decoder carries from token to token, cross-attention apart, for each hypothesis.
 
-With --gpu all runs are in this process, with and without captured steps (", eager"); the table is decode-gpu.csv, or,
-with --fp16, decode-gpu-fp16.csv, and memory is the GPU's.
+With --gpu all runs are in this process, with and without captured steps (", eager"); the table is gpu-decode.csv, or,
+with --fp16, gpu-decode-fp16.csv, and memory is the GPU's.
 """
 
 from __future__ import annotations
@@ -324,7 +324,7 @@ def main() -> int:
         parser.error("no run has all of what was asked for: RUNS in this file has what there is")
     options.output.mkdir(parents=True, exist_ok=True)
     device = (["--fp16"] if options.fp16 else []) if options.gpu else ["--cpu"]
-    table = options.output / f"decode{'-gpu' if options.gpu else ''}{'-fp16' if options.fp16 else ''}.csv"
+    table = options.output / f"{'gpu-' if options.gpu else ''}decode{'-fp16' if options.fp16 else ''}.csv"
     rows = read_csv(table)
     done = {(r.model, r.beam, r.sentences, r.length) for r in rows}
     with tempfile.TemporaryDirectory() as name:

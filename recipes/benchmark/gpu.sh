@@ -19,7 +19,7 @@
 #              BLEU. These first four run side by side once there is something built; what follows is timed and runs alone
 #   operators  gpu-operators.csv and gpu-step.csv: the recurrence and the step beside other implementations
 #   lm         gpu-lm.csv: words per second of training the paper's medium language model
-#   decode     gpu-decode.csv: fairseq-generate, token by token
+#   decode     gpu-decode.csv: fairseq-generate, token by token (not rehearsed)
 #   peer       gpu-peer.csv: flash-linear-attention's operators, which take minutes to choose their own settings
 #
 # Uses the active environment, which needs torch for CUDA and fairseq; the environment variable PYTHON names another
@@ -194,7 +194,7 @@ lines=60 part operators 180 "$python" "$recipe/gpu.py" --output "$output" --only
 lm=(--gpu --precision fp16 --lengths 256 1024 4096 --batch 16384)
 [[ -z $rehearse ]] || lm=(--lengths 32 --batch 128 --updates 4)
 lines=14 part lm 150 "$python" "$recipe/models.py" --output "$output" --shape medium --table gpu-lm.csv "${lm[@]}"
-lines=40 part decode 240 "$python" "$recipe/decode.py" --output "$output" --gpu ${rehearse:+--rehearse}
+[[ -n $rehearse ]] || lines=60 part decode 240 "$python" "$recipe/decode.py" --output "$output" --gpu
 mkdir -p "$output/peer"
 lines=30 part peer 240 "$python" "$recipe/gpu.py" --output "$output/peer" --only fla --no-steps ${small[@]+"${small[@]}"}
 [[ ! -f $output/peer/gpu-operators.csv ]] || mv "$output/peer/gpu-operators.csv" "$output/gpu-peer.csv"
