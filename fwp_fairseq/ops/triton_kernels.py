@@ -1,0 +1,377 @@
+# mypy: ignore-errors
+"""The recurrence of fast weights on a GPU's tensor cores, forward and backward. ``triton_scan`` calls it.
+
+Mathematics and names are those of ``csrc/fast_weights_cpu_kernels.h``, with chunks of C = 32 or 64 tokens. Over a chunk
+that starts from the memory W0, with P[t,s] = decay_{s+1} ... decay_t (0 for s > t), g_t = decay_1 ... decay_t and
+p_s = P[C,s]:
+
+    S = P o Q K^T with the diagonal,  A = P o K K^T without it,  T = (I + diag(erase) A)^-1
+    U = T (diag(write) V - diag(erase g) K W0)
+    O = diag(g) Q W0 + S U
+    W1 = g_C W0 + K^T diag(p) U
+
+    dU = diag(p) K dW1 + S^T dO,  G = T^T dU
+    dW0 = g_C dW1 + Q^T diag(g) dO - K^T diag(erase g) G
+    dV = diag(write) G,  dwrite = rowsum(G o V)
+    dQ = diag(g) dO W0^T + (P o dO U^T) K
+    dK = -diag(erase g) G W0^T - (M + M^T) K + (P o dO U^T)^T Q + diag(p) U dW1^T,  M = diag(erase) P o G U^T, strictly
+    derase = -g o rowsum(K o G W0^T) - rowsum(A o G U^T)
+
+What needs no memory is done for all chunks at once: ``prepare`` finds T and P, ``differentiate`` all gradients but
+those of memories. What is left goes from chunk to chunk, ``advance`` forward and ``retreat`` backward, for each
+sequence, head and tile of values alone, with the memory in registers. They leave what ``differentiate`` needs: W0, U,
+dW1 and G, in the type of the inputs.
+
+P is made of sums of logarithms, with zeros and signs apart (``_share``): no quotient, so that a decay of zero is exact.
+Tensors that are not of the inputs are contiguous, with whole chunks, so that they need no masks.
+"""
+
+import triton
+import triton.language as tl
+
+# Below it a decay is taken for zero: the smallest normal float32.
+_SMALLEST = tl.constexpr(1.1754944e-38)
+
+
+@triton.jit
+def _load(pointer, rows, columns, stride, count, width):
+    """A tile of a sequence, zero where it has no token or feature."""
+    inside = (rows < count)[:, None] & (columns < width)[None, :]
+    return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(pointer, rows, columns, stride, count, width, x):
+    inside = (rows < count)[:, None] & (columns < width)[None, :]
+    tl.store(pointer + rows[:, None] * stride + columns[None, :], x.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gate(pointer, rows, stride, count):
+    return tl.load(pointer + rows * stride, mask=rows < count, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _share(log, mark, log_before, mark_before):
+    """What is left at a token of what was there at one before it.
+
+    ``log`` is log2 |decay_1 ... decay_t| without the zeros, ``mark`` the number of zeros and one, with the sign.
+    """
+    size = tl.exp2(log - log_before)
+    return tl.where(mark == mark_before, size, tl.where(mark == -mark_before, -size, 0.0))
+
+
+@triton.jit
+def _invert(a, C: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + a)^-1 for a strictly lower triangular C x C: substitution in blocks of 16, which are then merged."""
+    BLOCKS: tl.constexpr = C // 16
+    block, o = tl.arange(0, BLOCKS), tl.arange(0, 16)
+    diagonal = block[:, None, None, None] == block[None, None, :, None]
+    unit = tl.where(o[:, None] == o[None, :], 1.0, 0.0)[None, :, :]
+    x = -tl.sum(tl.where(diagonal, tl.reshape(a, [BLOCKS, 16, BLOCKS, 16]), 0.0), 2)
+    # Row t becomes itself and its products with the rows before it, which are finished.
+    factors = tl.permute(x, [0, 2, 1]) + unit
+    for t in tl.static_range(2, 16):
+        factor = tl.sum(tl.where((o == t)[None, None, :], factors, 0.0), 2)
+        row = tl.sum(factor[:, :, None] * x, 1)
+        x = tl.where((o == t)[None, :, None], row[:, None, :], x)
+    x += unit
+    x = tl.reshape(tl.where(diagonal, x[:, :, None, :], 0.0), [C, C])
+    c = tl.arange(0, C)
+    for level in tl.static_range(0, 2):
+        if C > 16 << level:
+            # Of two blocks beside each other on the diagonal, what is below the first.
+            row, column = c[:, None] // (16 << level), c[None, :] // (16 << level)
+            below = tl.where((row % 2 == 1) & (column == row - 1), a, 0.0)
+            x -= tl.dot(tl.dot(x, below, input_precision=PRECISION), x, input_precision=PRECISION)
+    return x
+
+
+@triton.jit
+def prepare(
+    k, erase, decay, inverses, logs, marks,
+    H, L, N, k_b, k_h, k_t, e_b, e_h, e_t, d_b, d_h, d_t,
+    DK: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """T, and the logarithms and marks of decays: a program for each sequence, head and chunk."""
+    at = tl.program_id(0).to(tl.int64)
+    b, h, first = at // N // H, at // N % H, at % N * C
+    o = tl.arange(0, C)
+    count = (L - first).to(tl.int32)
+    if decay is not None:
+        x = tl.load(decay + b * d_b + h * d_h + first * d_t + o * d_t, mask=o < count, other=1.0).to(tl.float32)
+        size = tl.abs(x)
+        log = tl.cumsum(tl.where(size < _SMALLEST, 0.0, tl.log2(tl.maximum(size, _SMALLEST))), 0)
+        mark = (1 + tl.cumsum((size < _SMALLEST).to(tl.int32), 0)) * (1 - 2 * (tl.cumsum((x < 0).to(tl.int32), 0) % 2))
+        tl.store(logs + at * C + o, log)
+        tl.store(marks + at * C + o, mark)
+    if erase is not None:
+        k += b * k_b + h * k_h + first * k_t
+        overlap = tl.zeros([C, C], tl.float32)
+        for feature in range(0, DK, BK):
+            x = _load(k, o, feature + tl.arange(0, BK), k_t, count, DK)
+            overlap = tl.dot(x, tl.trans(x), overlap, input_precision=PRECISION)
+        if decay is not None:
+            overlap *= _share(log[:, None], mark[:, None], log[None, :], mark[None, :])
+        overlap *= _gate(erase + b * e_b + h * e_h + first * e_t, o, e_t, count)[:, None]
+        inverse = _invert(tl.where(o[:, None] > o[None, :], overlap, 0.0), C, PRECISION)
+        tl.store(inverses + at * C * C + o[:, None] * C + o[None, :], inverse.to(inverses.dtype.element_ty))
+
+
+@triton.jit
+def advance(
+    q, k, v, write, erase, inverses, logs, marks, initial, out, final, memories, updates,
+    H, L, N, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, w_b, w_h, w_t, e_b, e_h, e_t,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """O and the final memory, and where they are kept W0 and U of each chunk."""
+    TILES: tl.constexpr = (DV + BV - 1) // BV
+    n = (tl.program_id(0) // TILES).to(tl.int64)
+    b, h = n // H, n % H
+    o, f, j = tl.arange(0, C), tl.arange(0, BK), tl.program_id(0) % TILES * BV + tl.arange(0, BV)
+    k += b * k_b + h * k_h
+    v += b * v_b + h * v_h
+    final += n * DK * DV
+    if q is not None:
+        q += b * q_b + h * q_h
+    if write is not None:
+        write += b * w_b + h * w_h
+    if erase is not None:
+        erase += b * e_b + h * e_h
+    if initial is not None:
+        memory = _load(initial + n * DK * DV, f, j, DV, DK, DV)
+    else:
+        memory = tl.zeros([BK, BV], tl.float32)
+    for i in tl.range(0, N, num_stages=STAGES):
+        first, at = tl.cast(i, tl.int64) * C, n * N + i
+        count = L - i * C
+        keys = _load(k + first * k_t, o, f, k_t, count, DK)
+        update = _load(v + first * v_t, o, j, v_t, count, DV).to(tl.float32)
+        held = memory.to(keys.dtype)
+        if memories is not None:
+            _store(memories + at * DK * DV, f, j, DV, DK, DV, held)
+        if logs is not None:
+            log, log_end = tl.load(logs + at * C + o), tl.load(logs + at * C + C - 1)
+            mark, mark_end = tl.load(marks + at * C + o), tl.load(marks + at * C + C - 1)
+            from_start = _share(log, mark, 0.0, 1)
+        if write is not None:
+            update *= _gate(write + first * w_t, o, w_t, count)[:, None]
+        if erase is not None:
+            old = _gate(erase + first * e_t, o, e_t, count)
+            if logs is not None:
+                old *= from_start
+            update -= old[:, None] * tl.dot(keys, held, input_precision=PRECISION)
+            inverse = tl.load(inverses + at * C * C + o[:, None] * C + o[None, :])
+            update = tl.dot(inverse, update.to(keys.dtype), input_precision=PRECISION)
+        written = update.to(keys.dtype)
+        if updates is not None:
+            _store(updates + (n * L + first) * DV, o, j, DV, count, DV, written)
+        if q is not None:
+            queries = _load(q + first * q_t, o, f, q_t, count, DK)
+            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+            read = tl.dot(queries, held, input_precision=PRECISION)
+            if logs is not None:
+                scores *= _share(log[:, None], mark[:, None], log[None, :], mark[None, :])
+                read *= from_start[:, None]
+            scores = tl.where(o[:, None] >= o[None, :], scores, 0.0).to(keys.dtype)
+            read = tl.dot(scores, written, read, input_precision=PRECISION)
+            _store(out + (n * L + first) * DV, o, j, DV, count, DV, read)
+        if logs is not None:
+            written = (update * _share(log_end, mark_end, log, mark)[:, None]).to(keys.dtype)
+            memory *= _share(log_end, mark_end, 0.0, 1)
+        memory = tl.dot(tl.trans(keys), written, memory, input_precision=PRECISION)
+    _store(final, f, j, DV, DK, DV, memory)
+
+
+@triton.jit
+def retreat(
+    q, k, erase, inverses, logs, marks, grad_out, grad_final, grad_memories, grad_updates, grad_initial,
+    H, L, N, q_b, q_h, q_t, k_b, k_h, k_t, e_b, e_h, e_t, o_b, o_h, o_t,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dW1 and G of each chunk, the last one first, and the gradient of the initial memory."""
+    TILES: tl.constexpr = (DV + BV - 1) // BV
+    n = (tl.program_id(0) // TILES).to(tl.int64)
+    b, h = n // H, n % H
+    o, f, j = tl.arange(0, C), tl.arange(0, BK), tl.program_id(0) % TILES * BV + tl.arange(0, BV)
+    k += b * k_b + h * k_h
+    if grad_out is not None:
+        q += b * q_b + h * q_h
+        grad_out += b * o_b + h * o_h
+    if erase is not None:
+        erase += b * e_b + h * e_h
+    if grad_final is not None:
+        grad = _load(grad_final + n * DK * DV, f, j, DV, DK, DV)
+    else:
+        grad = tl.zeros([BK, BV], tl.float32)
+    for step in tl.range(0, N, num_stages=STAGES):
+        i = N - 1 - step
+        first, at = tl.cast(i, tl.int64) * C, n * N + i
+        count = L - i * C
+        keys = _load(k + first * k_t, o, f, k_t, count, DK)
+        held = grad.to(keys.dtype)
+        _store(grad_memories + at * DK * DV, f, j, DV, DK, DV, held)
+        update = tl.dot(keys, held, input_precision=PRECISION)
+        if logs is not None:
+            log, log_end = tl.load(logs + at * C + o), tl.load(logs + at * C + C - 1)
+            mark, mark_end = tl.load(marks + at * C + o), tl.load(marks + at * C + C - 1)
+            from_start = _share(log, mark, 0.0, 1)
+            update *= _share(log_end, mark_end, log, mark)[:, None]
+            grad *= _share(log_end, mark_end, 0.0, 1)
+        if grad_out is not None:
+            queries = _load(q + first * q_t, o, f, q_t, count, DK)
+            read = _load(grad_out + first * o_t, o, j, o_t, count, DV)
+            scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)  # transposed
+            if logs is not None:
+                scores *= _share(log[None, :], mark[None, :], log[:, None], mark[:, None])
+            scores = tl.where(o[:, None] <= o[None, :], scores, 0.0).to(keys.dtype)
+            update = tl.dot(scores, read, update, input_precision=PRECISION)
+            if logs is not None:
+                read = (read * from_start[:, None]).to(keys.dtype)
+            grad = tl.dot(tl.trans(queries), read, grad, input_precision=PRECISION)
+        if erase is not None:
+            inverse = tl.load(inverses + at * C * C + o[:, None] * C + o[None, :])
+            update = tl.dot(tl.trans(inverse), update.to(keys.dtype), input_precision=PRECISION)
+            old = _gate(erase + first * e_t, o, e_t, count)
+            if logs is not None:
+                old *= from_start
+            retrieved = (update * -old[:, None]).to(keys.dtype)
+            grad = tl.dot(tl.trans(keys), retrieved, grad, input_precision=PRECISION)
+        _store(grad_updates + (n * L + first) * DV, o, j, DV, count, DV, update)
+    if grad_initial is not None:
+        _store(grad_initial + n * DK * DV, f, j, DV, DK, DV, grad)
+
+
+@triton.jit
+def differentiate(
+    q, k, v, write, erase, decay, logs, marks, memories, updates, grad_out, grad_memories, grad_updates,
+    grad_q, grad_k, grad_v, grad_write, grad_erase, grad_decay,
+    H, L, N, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, w_b, w_h, w_t, e_b, e_h, e_t, o_b, o_h, o_t,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a chunk's inputs: a program for each sequence, head and chunk."""
+    at = tl.program_id(0).to(tl.int64)
+    n, first = at // N, at % N * C
+    b, h = n // H, n % H
+    o = tl.arange(0, C)
+    count = (L - first).to(tl.int32)
+    k += b * k_b + h * k_h + first * k_t
+    v += b * v_b + h * v_h + first * v_t
+    memories += at * DK * DV
+    grad_memories += at * DK * DV
+    rows = n * L + first
+    updates += rows * DV
+    grad_updates += rows * DV
+    if grad_out is not None:
+        q += b * q_b + h * q_h + first * q_t
+        grad_out += b * o_b + h * o_h + first * o_t
+    if write is not None:
+        strength = _gate(write + b * w_b + h * w_h + first * w_t, o, w_t, count)
+    if erase is not None:
+        erased = _gate(erase + b * e_b + h * e_h + first * e_t, o, e_t, count)
+    if decay is not None:
+        log, log_end = tl.load(logs + at * C + o), tl.load(logs + at * C + C - 1)
+        mark, mark_end = tl.load(marks + at * C + o), tl.load(marks + at * C + C - 1)
+        from_start, to_end = _share(log, mark, 0.0, 1), _share(log_end, mark_end, log, mark)
+
+    # dO U^T and G U^T, and what of the values needs no more than G.
+    by_read, by_key = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    of_write = tl.zeros([C], tl.float32)
+    for value in range(0, DV, BV):
+        j = value + tl.arange(0, BV)
+        grad_update = _load(grad_updates, o, j, DV, count, DV)
+        update = tl.trans(_load(updates, o, j, DV, count, DV))
+        if grad_out is not None:
+            read = _load(grad_out, o, j, o_t, count, DV)
+            by_read = tl.dot(read, update, by_read, input_precision=PRECISION)
+        if erase is not None:
+            by_key = tl.dot(grad_update, update, by_key, input_precision=PRECISION)
+        if write is not None:
+            of_write += tl.sum(grad_update.to(tl.float32) * _load(v, o, j, v_t, count, DV).to(tl.float32), 1)
+            grad_update = grad_update * strength[:, None]
+        _store(grad_v + rows * DV, o, j, DV, count, DV, grad_update)
+    if write is not None:
+        tl.store(grad_write + rows + o, of_write, mask=o < count)
+
+    share = tl.full([C, C], 1.0, tl.float32)
+    if decay is not None:
+        share = _share(log[:, None], mark[:, None], log[None, :], mark[None, :])
+    by_read = tl.where(o[:, None] >= o[None, :], by_read, 0.0)
+    by_key = tl.where(o[:, None] > o[None, :], by_key, 0.0)
+    kept = tl.where(o[:, None] >= o[None, :], share, 0.0)
+    scores = (by_read * kept).to(k.dtype.element_ty)
+    if erase is not None:
+        both = -erased[:, None] * by_key * kept
+        both = (both + tl.trans(both)).to(k.dtype.element_ty)
+
+    # Products with the memories and with keys and queries, tile by tile of features.
+    read_overlap, key_overlap = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    of_keys, of_queries, of_end = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    of_whole = 0.0
+    for feature in range(0, DK, BK):
+        f = feature + tl.arange(0, BK)
+        keys = _load(k, o, f, k_t, count, DK)
+        grad_keys, grad_queries = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+        written = tl.zeros([C, BK], tl.float32)
+        for value in range(0, DV, BV):
+            j = value + tl.arange(0, BV)
+            memory = _load(memories, f, j, DV, DK, DV)
+            grad_memory = _load(grad_memories, f, j, DV, DK, DV)
+            if decay is not None:
+                of_whole += tl.sum(memory.to(tl.float32) * grad_memory.to(tl.float32))
+            update = _load(updates, o, j, DV, count, DV)
+            written = tl.dot(update, tl.trans(grad_memory), written, input_precision=PRECISION)
+            if erase is not None:
+                grad_update = _load(grad_updates, o, j, DV, count, DV)
+                grad_keys = tl.dot(grad_update, tl.trans(memory), grad_keys, input_precision=PRECISION)
+            if grad_out is not None:
+                read = _load(grad_out, o, j, o_t, count, DV)
+                grad_queries = tl.dot(read, tl.trans(memory), grad_queries, input_precision=PRECISION)
+        if erase is not None:
+            of_keys += tl.sum(keys * grad_keys, 1)
+            grad_keys *= -erased[:, None]
+        if decay is not None:
+            of_end += tl.sum(keys * written, 1)
+            written *= to_end[:, None]
+            grad_keys *= from_start[:, None]
+        grad_keys += written
+        if erase is not None:
+            key_overlap = tl.dot(keys, tl.trans(keys), key_overlap, input_precision=PRECISION)
+            grad_keys = tl.dot(both, keys, grad_keys, input_precision=PRECISION)
+        if grad_out is not None:
+            queries = _load(q, o, f, q_t, count, DK)
+            if decay is not None:
+                of_queries += tl.sum(queries * grad_queries, 1)
+                grad_queries *= from_start[:, None]
+                read_overlap = tl.dot(queries, tl.trans(keys), read_overlap, input_precision=PRECISION)
+            grad_queries = tl.dot(scores, keys, grad_queries, input_precision=PRECISION)
+            grad_keys = tl.dot(tl.trans(scores), queries, grad_keys, input_precision=PRECISION)
+            _store(grad_q + rows * DK, o, f, DK, count, DK, grad_queries)
+        _store(grad_k + rows * DK, o, f, DK, count, DK, grad_keys)
+
+    # Of what is left at token t of what was there at s: every decay between them gets the product of the others.
+    of_share = by_read * read_overlap
+    if erase is not None:
+        by_key *= key_overlap
+        of_erase = -tl.sum(by_key * kept, 1)
+        if decay is not None:
+            of_erase -= of_keys * from_start
+            of_share -= erased[:, None] * by_key
+            of_queries -= of_keys * erased
+        else:
+            of_erase -= of_keys
+        tl.store(grad_erase + rows + o, of_erase, mask=o < count)
+    if decay is not None:
+        log_before = tl.load(logs + at * C + o - 1, mask=o > 0, other=0.0)
+        mark_before = tl.load(marks + at * C + o - 1, mask=o > 0, other=1)
+        before = _share(log_before[:, None], mark_before[:, None], log[None, :], mark[None, :])
+        before = tl.where(o[:, None] > o[None, :], before, 0.0)
+        later = _share(log[None, :], mark[None, :], log[:, None], mark[:, None])
+        later = tl.where(o[:, None] <= o[None, :], later, 0.0)
+        of_share = tl.dot(later, of_share, input_precision=PRECISION) + to_end[:, None] * of_end[None, :]
+        of_start = tl.sum(later * of_queries[None, :], 1) + to_end * of_whole
+        of_decay = tl.sum(before * of_share, 1) + _share(log_before, mark_before, 0.0, 1) * of_start
+        tl.store(grad_decay + rows + o, of_decay, mask=o < count)
