@@ -52,13 +52,19 @@ def _gate(pointer, rows, stride, count):
 
 
 @triton.jit
-def _share(log, mark, log_before, mark_before):
-    """What is left at a token of what was there at one before it.
+def _share(log, mark, log_before, mark_before, ZEROS: tl.constexpr = 0):
+    """What is left at a token of what was there at one before it; up to ZEROS decays of zero count as one.
 
     ``log`` is log2 |decay_1 ... decay_t| without the zeros, ``mark`` the number of zeros and one, with the sign.
     """
     size = tl.exp2(log - log_before)
-    return tl.where(mark == mark_before, size, tl.where(mark == -mark_before, -size, 0.0))
+    size = tl.where((mark ^ mark_before) < 0, -size, size)
+    return tl.where(tl.abs(mark) - tl.abs(mark_before) <= ZEROS, size, 0.0)
+
+
+@triton.jit
+def _lower(x, o):
+    return tl.where(o[:, None] >= o[None, :], x, 0.0)
 
 
 @triton.jit
@@ -109,8 +115,8 @@ def prepare(
         k += b * k_b + h * k_h + first * k_t
         overlap = tl.zeros([C, C], tl.float32)
         for feature in range(0, DK, BK):
-            x = _load(k, o, feature + tl.arange(0, BK), k_t, count, DK)
-            overlap = tl.dot(x, tl.trans(x), overlap, input_precision=PRECISION)
+            keys = _load(k, o, feature + tl.arange(0, BK), k_t, count, DK)
+            overlap = tl.dot(keys, tl.trans(keys), overlap, input_precision=PRECISION)
         if decay is not None:
             overlap *= _share(log[:, None], mark[:, None], log[None, :], mark[None, :])
         overlap *= _gate(erase + b * e_b + h * e_h + first * e_t, o, e_t, count)[:, None]
@@ -248,7 +254,8 @@ def retreat(
 def differentiate(
     q, k, v, write, erase, decay, logs, marks, memories, updates, grad_out, grad_memories, grad_updates,
     grad_q, grad_k, grad_v, grad_write, grad_erase, grad_decay,
-    H, L, N, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, w_b, w_h, w_t, e_b, e_h, e_t, o_b, o_h, o_t,
+    H, L, N, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, w_b, w_h, w_t, e_b, e_h, e_t, d_b, d_h, d_t,
+    o_b, o_h, o_t,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -277,101 +284,124 @@ def differentiate(
         mark, mark_end = tl.load(marks + at * C + o), tl.load(marks + at * C + C - 1)
         from_start, to_end = _share(log, mark, 0.0, 1), _share(log_end, mark_end, log, mark)
 
-    # dO U^T and G U^T, and what of the values needs no more than G.
-    by_read, by_key = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    of_write = tl.zeros([C], tl.float32)
-    for value in range(0, DV, BV):
-        j = value + tl.arange(0, BV)
-        grad_update = _load(grad_updates, o, j, DV, count, DV)
-        update = tl.trans(_load(updates, o, j, DV, count, DV))
-        if grad_out is not None:
-            read = _load(grad_out, o, j, o_t, count, DV)
-            by_read = tl.dot(read, update, by_read, input_precision=PRECISION)
-        if erase is not None:
-            by_key = tl.dot(grad_update, update, by_key, input_precision=PRECISION)
-        if write is not None:
-            of_write += tl.sum(grad_update.to(tl.float32) * _load(v, o, j, v_t, count, DV).to(tl.float32), 1)
-            grad_update = grad_update * strength[:, None]
-        _store(grad_v + rows * DV, o, j, DV, count, DV, grad_update)
-    if write is not None:
-        tl.store(grad_write + rows + o, of_write, mask=o < count)
-
-    share = tl.full([C, C], 1.0, tl.float32)
+    # By pairs of tokens: dO U^T and G U^T, then what is read, erased and kept through them.
+    of_write, of_erase = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    of_share = tl.zeros([C, C], tl.float32)
     if decay is not None:
-        share = _share(log[:, None], mark[:, None], log[None, :], mark[None, :])
-    by_read = tl.where(o[:, None] >= o[None, :], by_read, 0.0)
-    by_key = tl.where(o[:, None] > o[None, :], by_key, 0.0)
-    kept = tl.where(o[:, None] >= o[None, :], share, 0.0)
-    scores = (by_read * kept).to(k.dtype.element_ty)
+        passed = _share(log[:, None], mark[:, None], log[None, :], mark[None, :], 1)
+        kept = _lower(tl.where(tl.abs(mark)[:, None] == tl.abs(mark)[None, :], passed, 0.0), o)
+    if grad_out is not None:
+        pairs = tl.zeros([C, C], tl.float32)
+        for value in range(0, DV, BV):
+            j = value + tl.arange(0, BV)
+            read, update = _load(grad_out, o, j, o_t, count, DV), _load(updates, o, j, DV, count, DV)
+            pairs = tl.dot(read, tl.trans(update), pairs, input_precision=PRECISION)
+        pairs = _lower(pairs, o)
+        if decay is not None:
+            overlap = tl.zeros([C, C], tl.float32)
+            for feature in range(0, DK, BK):
+                f = feature + tl.arange(0, BK)
+                queries, keys = _load(q, o, f, q_t, count, DK), _load(k, o, f, k_t, count, DK)
+                overlap = tl.dot(queries, tl.trans(keys), overlap, input_precision=PRECISION)
+            of_share = pairs * overlap
+            pairs *= kept
+        scores = pairs.to(k.dtype.element_ty)
     if erase is not None:
-        both = -erased[:, None] * by_key * kept
-        both = (both + tl.trans(both)).to(k.dtype.element_ty)
+        pairs = tl.zeros([C, C], tl.float32)
+        for value in range(0, DV, BV):
+            j = value + tl.arange(0, BV)
+            grad_update, update = _load(grad_updates, o, j, DV, count, DV), _load(updates, o, j, DV, count, DV)
+            pairs = tl.dot(grad_update, tl.trans(update), pairs, input_precision=PRECISION)
+        pairs = tl.where(o[:, None] > o[None, :], pairs, 0.0)
+        overlap = tl.zeros([C, C], tl.float32)
+        for feature in range(0, DK, BK):
+            keys = _load(k, o, feature + tl.arange(0, BK), k_t, count, DK)
+            overlap = tl.dot(keys, tl.trans(keys), overlap, input_precision=PRECISION)
+        overlap *= pairs
+        if decay is not None:
+            of_share -= erased[:, None] * overlap
+            overlap *= kept
+            pairs *= kept
+        of_erase -= tl.sum(overlap, 1)
+        retrieved = (pairs * -erased[:, None]).to(k.dtype.element_ty)
+    if decay is not None:
+        # 0 above the diagonal, where P may be infinite.
+        of_share = tl.where(of_share != 0, of_share * passed, 0.0).to(k.dtype.element_ty)
 
-    # Products with the memories and with keys and queries, tile by tile of features.
-    read_overlap, key_overlap = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    of_keys, of_queries, of_end = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-    of_whole = 0.0
+    # By tokens and features: products with the memories, and of pairs of tokens with keys and queries.
+    of_start, of_end, of_memory = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), 0.0
     for feature in range(0, DK, BK):
         f = feature + tl.arange(0, BK)
         keys = _load(k, o, f, k_t, count, DK)
-        grad_keys, grad_queries = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
-        written = tl.zeros([C, BK], tl.float32)
-        for value in range(0, DV, BV):
-            j = value + tl.arange(0, BV)
-            memory = _load(memories, f, j, DV, DK, DV)
-            grad_memory = _load(grad_memories, f, j, DV, DK, DV)
-            if decay is not None:
-                of_whole += tl.sum(memory.to(tl.float32) * grad_memory.to(tl.float32))
-            update = _load(updates, o, j, DV, count, DV)
-            written = tl.dot(update, tl.trans(grad_memory), written, input_precision=PRECISION)
-            if erase is not None:
-                grad_update = _load(grad_updates, o, j, DV, count, DV)
-                grad_keys = tl.dot(grad_update, tl.trans(memory), grad_keys, input_precision=PRECISION)
-            if grad_out is not None:
-                read = _load(grad_out, o, j, o_t, count, DV)
-                grad_queries = tl.dot(read, tl.trans(memory), grad_queries, input_precision=PRECISION)
-        if erase is not None:
-            of_keys += tl.sum(keys * grad_keys, 1)
-            grad_keys *= -erased[:, None]
-        if decay is not None:
-            of_end += tl.sum(keys * written, 1)
-            written *= to_end[:, None]
-            grad_keys *= from_start[:, None]
-        grad_keys += written
-        if erase is not None:
-            key_overlap = tl.dot(keys, tl.trans(keys), key_overlap, input_precision=PRECISION)
-            grad_keys = tl.dot(both, keys, grad_keys, input_precision=PRECISION)
         if grad_out is not None:
+            grad = tl.zeros([C, BK], tl.float32)
+            for value in range(0, DV, BV):
+                j = value + tl.arange(0, BV)
+                read, memory = _load(grad_out, o, j, o_t, count, DV), _load(memories, f, j, DV, DK, DV)
+                grad = tl.dot(read, tl.trans(memory), grad, input_precision=PRECISION)
             queries = _load(q, o, f, q_t, count, DK)
             if decay is not None:
-                of_queries += tl.sum(queries * grad_queries, 1)
-                grad_queries *= from_start[:, None]
-                read_overlap = tl.dot(queries, tl.trans(keys), read_overlap, input_precision=PRECISION)
-            grad_queries = tl.dot(scores, keys, grad_queries, input_precision=PRECISION)
-            grad_keys = tl.dot(tl.trans(scores), queries, grad_keys, input_precision=PRECISION)
-            _store(grad_q + rows * DK, o, f, DK, count, DK, grad_queries)
-        _store(grad_k + rows * DK, o, f, DK, count, DK, grad_keys)
-
-    # Of what is left at token t of what was there at s: every decay between them gets the product of the others.
-    of_share = by_read * read_overlap
-    if erase is not None:
-        by_key *= key_overlap
-        of_erase = -tl.sum(by_key * kept, 1)
+                of_start += tl.sum(queries * grad, 1)
+                grad *= from_start[:, None]
+            grad = tl.dot(scores, keys, grad, input_precision=PRECISION)
+            _store(grad_q + rows * DK, o, f, DK, count, DK, grad)
+        grad = tl.zeros([C, BK], tl.float32)
+        for value in range(0, DV, BV):
+            j = value + tl.arange(0, BV)
+            update, grad_memory = _load(updates, o, j, DV, count, DV), _load(grad_memories, f, j, DV, DK, DV)
+            grad = tl.dot(update, tl.trans(grad_memory), grad, input_precision=PRECISION)
+            if decay is not None:
+                memory = _load(memories, f, j, DV, DK, DV)
+                of_memory += tl.sum(memory.to(tl.float32) * grad_memory.to(tl.float32))
         if decay is not None:
-            of_erase -= of_keys * from_start
-            of_share -= erased[:, None] * by_key
-            of_queries -= of_keys * erased
-        else:
-            of_erase -= of_keys
+            of_end += tl.sum(keys * grad, 1)
+            grad *= to_end[:, None]
+        if erase is not None:
+            erasing = tl.zeros([C, BK], tl.float32)
+            for value in range(0, DV, BV):
+                j = value + tl.arange(0, BV)
+                grad_update, memory = _load(grad_updates, o, j, DV, count, DV), _load(memories, f, j, DV, DK, DV)
+                erasing = tl.dot(grad_update, tl.trans(memory), erasing, input_precision=PRECISION)
+            if decay is not None:
+                of_key = tl.sum(keys * erasing, 1)
+                of_start -= erased * of_key
+                of_erase -= from_start * of_key
+                erasing *= from_start[:, None]
+            else:
+                of_erase -= tl.sum(keys * erasing, 1)
+            grad -= erased[:, None] * erasing
+            grad = tl.dot(retrieved, keys, grad, input_precision=PRECISION)
+            grad = tl.dot(tl.trans(retrieved), keys, grad, input_precision=PRECISION)
+        if grad_out is not None:
+            grad = tl.dot(tl.trans(scores), queries, grad, input_precision=PRECISION)
+        _store(grad_k + rows * DK, o, f, DK, count, DK, grad)
+
+    # By tokens and values.
+    for value in range(0, DV, BV):
+        j = value + tl.arange(0, BV)
+        grad = _load(grad_updates, o, j, DV, count, DV).to(tl.float32)
+        if write is not None:
+            of_write += tl.sum(grad * _load(v, o, j, v_t, count, DV), 1)
+            grad *= strength[:, None]
+        _store(grad_v + rows * DV, o, j, DV, count, DV, grad)
+    if write is not None:
+        tl.store(grad_write + rows + o, of_write, mask=o < count)
+    if erase is not None:
         tl.store(grad_erase + rows + o, of_erase, mask=o < count)
     if decay is not None:
-        log_before = tl.load(logs + at * C + o - 1, mask=o > 0, other=0.0)
-        mark_before = tl.load(marks + at * C + o - 1, mask=o > 0, other=1)
-        before = _share(log_before[:, None], mark_before[:, None], log[None, :], mark[None, :])
-        before = tl.where(o[:, None] > o[None, :], before, 0.0)
-        later = _share(log[None, :], mark[None, :], log[:, None], mark[:, None])
-        later = tl.where(o[:, None] <= o[None, :], later, 0.0)
-        of_share = tl.dot(later, of_share, input_precision=PRECISION) + to_end[:, None] * of_end[None, :]
-        of_start = tl.sum(later * of_queries[None, :], 1) + to_end * of_whole
-        of_decay = tl.sum(before * of_share, 1) + _share(log_before, mark_before, 0.0, 1) * of_start
+        # A decay gets what the products of all between two tokens get, over itself. One of zero gets it where it is the
+        # only one there: from those before it to which only it has put an end, to those after it before the next zero.
+        mark = tl.abs(tl.load(marks + at * C + o))
+        mark_before = tl.abs(tl.load(marks + at * C + o - 1, mask=o > 0, other=1))
+        after = (o[:, None] <= o[None, :]) & (mark[:, None] == mark[None, :])
+        before = (o[:, None] > o[None, :]) & (mark_before[:, None] == mark[None, :])
+        of_end *= _share(log_end, mark_end, tl.load(logs + at * C + o), tl.load(marks + at * C + o), 1)
+        through = tl.where(mark == tl.abs(mark_end), 1.0, 0.0)[:, None] * of_end[None, :]
+        through = tl.dot(after.to(of_share.dtype), of_share, through, input_precision=PRECISION)
+        of_start += tl.where(o == C - 1, of_memory, 0.0)
+        of_start *= _share(tl.load(logs + at * C + o), tl.load(marks + at * C + o), 0.0, 1, 1)
+        of_start = tl.sum(tl.where(after, of_start[None, :], 0.0), 1)
+        of_decay = tl.sum(tl.where(before, through, 0.0), 1) + tl.where(mark_before == 1, of_start, 0.0)
+        x = tl.load(decay + b * d_b + h * d_h + first * d_t + o * d_t, mask=o < count, other=1.0)
+        of_decay /= tl.where(mark == mark_before, x, 1.0)
         tl.store(grad_decay + rows + o, of_decay, mask=o < count)

@@ -194,8 +194,8 @@ def _backward(
         kernels.differentiate[batch * heads * chunks,](
             q, k, v, write, erase, decay, logs, marks, memories, updates, grad_out, grad_memories, grad_updates,
             *grads[:-1],
-            heads, length, chunks, *_strides(q, k, v, write, erase, grad_out), **sizes, BK=cut.keys, BV=cut.columns,
-            num_warps=cut.gradient_warps,
+            heads, length, chunks, *_strides(q, k, v, write, erase, decay, grad_out), **sizes, BK=cut.keys,
+            BV=cut.columns, num_warps=cut.gradient_warps,
         )  # fmt: skip
     return grads
 
