@@ -55,11 +55,26 @@ def _gate(pointer, rows, stride, count):
 def _share(log, mark, log_before, mark_before, ZEROS: tl.constexpr = 0):
     """What is left at a token of what was there at one before it; up to ZEROS decays of zero count as one.
 
-    ``log`` is log2 |decay_1 ... decay_t| without the zeros, ``mark`` the number of zeros and one, with the sign.
+    ``log`` is log2 |decay_1 ... decay_t| without the zeros, ``mark`` the number of negative decays, and from the 16th bit
+    on of zeros.
     """
     size = tl.exp2(log - log_before)
-    size = tl.where((mark ^ mark_before) < 0, -size, size)
-    return tl.where(tl.abs(mark) - tl.abs(mark_before) <= ZEROS, size, 0.0)
+    size = tl.where((mark ^ mark_before) % 2 == 1, -size, size)
+    return tl.where((mark >> 16) - (mark_before >> 16) <= ZEROS, size, 0.0)
+
+
+@triton.jit
+def _shares(logs, marks, o, C: tl.constexpr, ZEROS: tl.constexpr = 0, TRANSPOSED: tl.constexpr = False):
+    """P of a chunk."""
+    log = tl.load(logs + o)
+    share = log[None, :] - log[:, None] if TRANSPOSED else log[:, None] - log[None, :]
+    share = tl.exp2(share)
+    if tl.load(marks + C - 1) != 0:  # seldom
+        mark = tl.load(marks + o)
+        share = tl.where((mark[:, None] ^ mark[None, :]) % 2 == 1, -share, share)
+        zeros = (mark >> 16)[None, :] - (mark >> 16)[:, None]
+        share = tl.where((zeros if TRANSPOSED else -zeros) <= ZEROS, share, 0.0)
+    return tl.where(o[:, None] <= o[None, :] if TRANSPOSED else o[:, None] >= o[None, :], share, 0.0)
 
 
 @triton.jit
@@ -108,7 +123,7 @@ def prepare(
         x = tl.load(decay + b * d_b + h * d_h + first * d_t + o * d_t, mask=o < count, other=1.0).to(tl.float32)
         size = tl.abs(x)
         log = tl.cumsum(tl.where(size < _SMALLEST, 0.0, tl.log2(tl.maximum(size, _SMALLEST))), 0)
-        mark = (1 + tl.cumsum((size < _SMALLEST).to(tl.int32), 0)) * (1 - 2 * (tl.cumsum((x < 0).to(tl.int32), 0) % 2))
+        mark = tl.cumsum((size < _SMALLEST).to(tl.int32) * 65536 + (x < 0).to(tl.int32), 0)
         tl.store(logs + at * C + o, log)
         tl.store(marks + at * C + o, mark)
     if erase is not None:
@@ -160,7 +175,7 @@ def advance(
         if logs is not None:
             log, log_end = tl.load(logs + at * C + o), tl.load(logs + at * C + C - 1)
             mark, mark_end = tl.load(marks + at * C + o), tl.load(marks + at * C + C - 1)
-            from_start = _share(log, mark, 0.0, 1)
+            from_start = _share(log, mark, 0.0, 0)
         if write is not None:
             update *= _gate(write + first * w_t, o, w_t, count)[:, None]
         if erase is not None:
@@ -178,14 +193,16 @@ def advance(
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             read = tl.dot(queries, held, input_precision=PRECISION)
             if logs is not None:
-                scores *= _share(log[:, None], mark[:, None], log[None, :], mark[None, :])
+                scores *= _shares(logs + at * C, marks + at * C, o, C)
                 read *= from_start[:, None]
-            scores = tl.where(o[:, None] >= o[None, :], scores, 0.0).to(keys.dtype)
+            else:
+                scores = tl.where(o[:, None] >= o[None, :], scores, 0.0)
+            scores = scores.to(keys.dtype)
             read = tl.dot(scores, written, read, input_precision=PRECISION)
             _store(out + (n * L + first) * DV, o, j, DV, count, DV, read)
         if logs is not None:
             written = (update * _share(log_end, mark_end, log, mark)[:, None]).to(keys.dtype)
-            memory *= _share(log_end, mark_end, 0.0, 1)
+            memory *= _share(log_end, mark_end, 0.0, 0)
         memory = tl.dot(tl.trans(keys), written, memory, input_precision=PRECISION)
     _store(final, f, j, DV, DK, DV, memory)
 
@@ -223,16 +240,18 @@ def retreat(
         if logs is not None:
             log, log_end = tl.load(logs + at * C + o), tl.load(logs + at * C + C - 1)
             mark, mark_end = tl.load(marks + at * C + o), tl.load(marks + at * C + C - 1)
-            from_start = _share(log, mark, 0.0, 1)
+            from_start = _share(log, mark, 0.0, 0)
             update *= _share(log_end, mark_end, log, mark)[:, None]
-            grad *= _share(log_end, mark_end, 0.0, 1)
+            grad *= _share(log_end, mark_end, 0.0, 0)
         if grad_out is not None:
             queries = _load(q + first * q_t, o, f, q_t, count, DK)
             read = _load(grad_out + first * o_t, o, j, o_t, count, DV)
             scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)  # transposed
             if logs is not None:
-                scores *= _share(log[None, :], mark[None, :], log[:, None], mark[:, None])
-            scores = tl.where(o[:, None] <= o[None, :], scores, 0.0).to(keys.dtype)
+                scores *= _shares(logs + at * C, marks + at * C, o, C, 0, True)
+            else:
+                scores = tl.where(o[:, None] <= o[None, :], scores, 0.0)
+            scores = scores.to(keys.dtype)
             update = tl.dot(scores, read, update, input_precision=PRECISION)
             if logs is not None:
                 read = (read * from_start[:, None]).to(keys.dtype)
@@ -282,21 +301,19 @@ def differentiate(
     if decay is not None:
         log, log_end = tl.load(logs + at * C + o), tl.load(logs + at * C + C - 1)
         mark, mark_end = tl.load(marks + at * C + o), tl.load(marks + at * C + C - 1)
-        from_start, to_end = _share(log, mark, 0.0, 1), _share(log_end, mark_end, log, mark)
+        from_start, to_end = _share(log, mark, 0.0, 0), _share(log_end, mark_end, log, mark)
 
     # By pairs of tokens: dO U^T and G U^T, then what is read, erased and kept through them.
     of_write, of_erase = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     of_share = tl.zeros([C, C], tl.float32)
     if decay is not None:
-        passed = _share(log[:, None], mark[:, None], log[None, :], mark[None, :], 1)
-        kept = _lower(tl.where(tl.abs(mark)[:, None] == tl.abs(mark)[None, :], passed, 0.0), o)
+        kept = _shares(logs + at * C, marks + at * C, o, C)
     if grad_out is not None:
         pairs = tl.zeros([C, C], tl.float32)
         for value in range(0, DV, BV):
             j = value + tl.arange(0, BV)
             read, update = _load(grad_out, o, j, o_t, count, DV), _load(updates, o, j, DV, count, DV)
             pairs = tl.dot(read, tl.trans(update), pairs, input_precision=PRECISION)
-        pairs = _lower(pairs, o)
         if decay is not None:
             overlap = tl.zeros([C, C], tl.float32)
             for feature in range(0, DK, BK):
@@ -305,6 +322,8 @@ def differentiate(
                 overlap = tl.dot(queries, tl.trans(keys), overlap, input_precision=PRECISION)
             of_share = pairs * overlap
             pairs *= kept
+        else:
+            pairs = _lower(pairs, o)
         scores = pairs.to(k.dtype.element_ty)
     if erase is not None:
         pairs = tl.zeros([C, C], tl.float32)
@@ -312,22 +331,22 @@ def differentiate(
             j = value + tl.arange(0, BV)
             grad_update, update = _load(grad_updates, o, j, DV, count, DV), _load(updates, o, j, DV, count, DV)
             pairs = tl.dot(grad_update, tl.trans(update), pairs, input_precision=PRECISION)
-        pairs = tl.where(o[:, None] > o[None, :], pairs, 0.0)
         overlap = tl.zeros([C, C], tl.float32)
         for feature in range(0, DK, BK):
             keys = _load(k, o, feature + tl.arange(0, BK), k_t, count, DK)
             overlap = tl.dot(keys, tl.trans(keys), overlap, input_precision=PRECISION)
-        overlap *= pairs
         if decay is not None:
-            of_share -= erased[:, None] * overlap
-            overlap *= kept
+            of_share -= erased[:, None] * pairs * overlap
             pairs *= kept
-        of_erase -= tl.sum(overlap, 1)
+        pairs = tl.where(o[:, None] > o[None, :], pairs, 0.0)
+        of_erase -= tl.sum(pairs * overlap, 1)
         retrieved = (pairs * -erased[:, None]).to(k.dtype.element_ty)
     if decay is not None:
-        # 0 above the diagonal, where P may be infinite.
-        of_share = tl.where(of_share != 0, of_share * passed, 0.0).to(k.dtype.element_ty)
+        if mark_end >> 16 != 0:
+            kept = _shares(logs + at * C, marks + at * C, o, C, 1)
+        of_share = (of_share * kept).to(k.dtype.element_ty)
 
+    tl.debug_barrier()
     # By tokens and features: products with the memories, and of pairs of tokens with keys and queries.
     of_start, of_end, of_memory = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), 0.0
     for feature in range(0, DK, BK):
@@ -376,6 +395,7 @@ def differentiate(
             grad = tl.dot(tl.trans(scores), queries, grad, input_precision=PRECISION)
         _store(grad_k + rows * DK, o, f, DK, count, DK, grad)
 
+    tl.debug_barrier()
     # By tokens and values.
     for value in range(0, DV, BV):
         j = value + tl.arange(0, BV)
@@ -391,17 +411,17 @@ def differentiate(
     if decay is not None:
         # A decay gets what the products of all between two tokens get, over itself. One of zero gets it where it is the
         # only one there: from those before it to which only it has put an end, to those after it before the next zero.
-        mark = tl.abs(tl.load(marks + at * C + o))
-        mark_before = tl.abs(tl.load(marks + at * C + o - 1, mask=o > 0, other=1))
+        mark = tl.load(marks + at * C + o) >> 16
+        mark_before = tl.load(marks + at * C + o - 1, mask=o > 0, other=0) >> 16
         after = (o[:, None] <= o[None, :]) & (mark[:, None] == mark[None, :])
         before = (o[:, None] > o[None, :]) & (mark_before[:, None] == mark[None, :])
         of_end *= _share(log_end, mark_end, tl.load(logs + at * C + o), tl.load(marks + at * C + o), 1)
-        through = tl.where(mark == tl.abs(mark_end), 1.0, 0.0)[:, None] * of_end[None, :]
+        through = tl.where(mark == mark_end >> 16, 1.0, 0.0)[:, None] * of_end[None, :]
         through = tl.dot(after.to(of_share.dtype), of_share, through, input_precision=PRECISION)
         of_start += tl.where(o == C - 1, of_memory, 0.0)
-        of_start *= _share(tl.load(logs + at * C + o), tl.load(marks + at * C + o), 0.0, 1, 1)
+        of_start *= _share(tl.load(logs + at * C + o), tl.load(marks + at * C + o), 0.0, 0, 1)
         of_start = tl.sum(tl.where(after, of_start[None, :], 0.0), 1)
-        of_decay = tl.sum(tl.where(before, through, 0.0), 1) + tl.where(mark_before == 1, of_start, 0.0)
+        of_decay = tl.sum(tl.where(before, through, 0.0), 1) + tl.where(mark_before == 0, of_start, 0.0)
         x = tl.load(decay + b * d_b + h * d_h + first * d_t + o * d_t, mask=o < count, other=1.0)
         of_decay /= tl.where(mark == mark_before, x, 1.0)
         tl.store(grad_decay + rows + o, of_decay, mask=o < count)
