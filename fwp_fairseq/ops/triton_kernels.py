@@ -64,12 +64,12 @@ def _share(log, mark, log_before, mark_before, ZEROS: tl.constexpr = 0):
 
 
 @triton.jit
-def _shares(logs, marks, o, C: tl.constexpr, ZEROS: tl.constexpr = 0, TRANSPOSED: tl.constexpr = False):
-    """P of a chunk."""
+def _shares(logs, marks, last, o, ZEROS: tl.constexpr = 0, TRANSPOSED: tl.constexpr = False):
+    """P of a chunk. ``last``: the mark of its last token."""
     log = tl.load(logs + o)
-    share = log[None, :] - log[:, None] if TRANSPOSED else log[:, None] - log[None, :]
-    share = tl.exp2(share)
-    if tl.load(marks + C - 1) != 0:  # seldom
+    difference = log[None, :] - log[:, None] if TRANSPOSED else log[:, None] - log[None, :]
+    share = tl.exp2(difference)
+    if last != 0:
         mark = tl.load(marks + o)
         share = tl.where((mark[:, None] ^ mark[None, :]) % 2 == 1, -share, share)
         zeros = (mark >> 16)[None, :] - (mark >> 16)[:, None]
@@ -124,8 +124,12 @@ def prepare(
         size = tl.abs(x)
         log = tl.cumsum(tl.where(size < _SMALLEST, 0.0, tl.log2(tl.maximum(size, _SMALLEST))), 0)
         mark = tl.cumsum((size < _SMALLEST).to(tl.int32) * 65536 + (x < 0).to(tl.int32), 0)
-        tl.store(logs + at * C + o, log)
+        last = tl.sum(tl.where(o == C - 1, mark, 0), 0)
+        log_end = tl.sum(tl.where(o == C - 1, log, 0.0), 0)
         tl.store(marks + at * C + o, mark)
+        tl.store(logs + at * 3 * C + o, log)
+        tl.store(logs + at * 3 * C + C + o, _share(log, mark, 0.0, 0))
+        tl.store(logs + at * 3 * C + 2 * C + o, _share(log_end, last, log, mark))
     if erase is not None:
         k += b * k_b + h * k_h + first * k_t
         overlap = tl.zeros([C, C], tl.float32)
@@ -173,9 +177,9 @@ def advance(
         if memories is not None:
             _store(memories + at * DK * DV, f, j, DV, DK, DV, held)
         if logs is not None:
-            log, log_end = tl.load(logs + at * C + o), tl.load(logs + at * C + C - 1)
-            mark, mark_end = tl.load(marks + at * C + o), tl.load(marks + at * C + C - 1)
-            from_start = _share(log, mark, 0.0, 0)
+            log = logs + at * 3 * C
+            from_start, to_end = tl.load(log + C + o), tl.load(log + 2 * C + o)
+            whole, last = tl.load(log + 2 * C - 1), tl.load(marks + at * C + C - 1)
         if write is not None:
             update *= _gate(write + first * w_t, o, w_t, count)[:, None]
         if erase is not None:
@@ -193,7 +197,7 @@ def advance(
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             read = tl.dot(queries, held, input_precision=PRECISION)
             if logs is not None:
-                scores *= _shares(logs + at * C, marks + at * C, o, C)
+                scores *= _shares(log, marks + at * C, last, o)
                 read *= from_start[:, None]
             else:
                 scores = tl.where(o[:, None] >= o[None, :], scores, 0.0)
@@ -201,8 +205,8 @@ def advance(
             read = tl.dot(scores, written, read, input_precision=PRECISION)
             _store(out + (n * L + first) * DV, o, j, DV, count, DV, read)
         if logs is not None:
-            written = (update * _share(log_end, mark_end, log, mark)[:, None]).to(keys.dtype)
-            memory *= _share(log_end, mark_end, 0.0, 0)
+            written = (update * to_end[:, None]).to(keys.dtype)
+            memory *= whole
         memory = tl.dot(tl.trans(keys), written, memory, input_precision=PRECISION)
     _store(final, f, j, DV, DK, DV, memory)
 
@@ -238,17 +242,17 @@ def retreat(
         _store(grad_memories + at * DK * DV, f, j, DV, DK, DV, held)
         update = tl.dot(keys, held, input_precision=PRECISION)
         if logs is not None:
-            log, log_end = tl.load(logs + at * C + o), tl.load(logs + at * C + C - 1)
-            mark, mark_end = tl.load(marks + at * C + o), tl.load(marks + at * C + C - 1)
-            from_start = _share(log, mark, 0.0, 0)
-            update *= _share(log_end, mark_end, log, mark)[:, None]
-            grad *= _share(log_end, mark_end, 0.0, 0)
+            log = logs + at * 3 * C
+            from_start, to_end = tl.load(log + C + o), tl.load(log + 2 * C + o)
+            whole, last = tl.load(log + 2 * C - 1), tl.load(marks + at * C + C - 1)
+            update *= to_end[:, None]
+            grad *= whole
         if grad_out is not None:
             queries = _load(q + first * q_t, o, f, q_t, count, DK)
             read = _load(grad_out + first * o_t, o, j, o_t, count, DV)
             scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)  # transposed
             if logs is not None:
-                scores *= _shares(logs + at * C, marks + at * C, o, C, 0, True)
+                scores *= _shares(log, marks + at * C, last, o, 0, True)
             else:
                 scores = tl.where(o[:, None] <= o[None, :], scores, 0.0)
             scores = scores.to(keys.dtype)
@@ -299,15 +303,16 @@ def differentiate(
     if erase is not None:
         erased = _gate(erase + b * e_b + h * e_h + first * e_t, o, e_t, count)
     if decay is not None:
-        log, log_end = tl.load(logs + at * C + o), tl.load(logs + at * C + C - 1)
-        mark, mark_end = tl.load(marks + at * C + o), tl.load(marks + at * C + C - 1)
-        from_start, to_end = _share(log, mark, 0.0, 0), _share(log_end, mark_end, log, mark)
+        logs += at * 3 * C
+        marks += at * C
+        from_start, to_end = tl.load(logs + C + o), tl.load(logs + 2 * C + o)
+        last = tl.load(marks + C - 1)
 
     # By pairs of tokens: dO U^T and G U^T, then what is read, erased and kept through them.
     of_write, of_erase = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     of_share = tl.zeros([C, C], tl.float32)
     if decay is not None:
-        kept = _shares(logs + at * C, marks + at * C, o, C)
+        kept = _shares(logs, marks, last, o)
     if grad_out is not None:
         pairs = tl.zeros([C, C], tl.float32)
         for value in range(0, DV, BV):
@@ -342,8 +347,8 @@ def differentiate(
         of_erase -= tl.sum(pairs * overlap, 1)
         retrieved = (pairs * -erased[:, None]).to(k.dtype.element_ty)
     if decay is not None:
-        if mark_end >> 16 != 0:
-            kept = _shares(logs + at * C, marks + at * C, o, C, 1)
+        if last >> 16 != 0:
+            kept = _shares(logs, marks, last, o, 1)
         of_share = (of_share * kept).to(k.dtype.element_ty)
 
     tl.debug_barrier()
@@ -411,15 +416,15 @@ def differentiate(
     if decay is not None:
         # A decay gets what the products of all between two tokens get, over itself. One of zero gets it where it is the
         # only one there: from those before it to which only it has put an end, to those after it before the next zero.
-        mark = tl.load(marks + at * C + o) >> 16
-        mark_before = tl.load(marks + at * C + o - 1, mask=o > 0, other=0) >> 16
+        log, mark = tl.load(logs + o), tl.load(marks + o)
+        of_start += tl.where(o == C - 1, of_memory, 0.0)
+        of_start *= _share(log, mark, 0.0, 0, 1)
+        of_end *= _share(tl.load(logs + C - 1), last, log, mark, 1)
+        mark, mark_before = mark >> 16, tl.load(marks + o - 1, mask=o > 0, other=0) >> 16
         after = (o[:, None] <= o[None, :]) & (mark[:, None] == mark[None, :])
         before = (o[:, None] > o[None, :]) & (mark_before[:, None] == mark[None, :])
-        of_end *= _share(log_end, mark_end, tl.load(logs + at * C + o), tl.load(marks + at * C + o), 1)
-        through = tl.where(mark == mark_end >> 16, 1.0, 0.0)[:, None] * of_end[None, :]
+        through = tl.where(mark == last >> 16, 1.0, 0.0)[:, None] * of_end[None, :]
         through = tl.dot(after.to(of_share.dtype), of_share, through, input_precision=PRECISION)
-        of_start += tl.where(o == C - 1, of_memory, 0.0)
-        of_start *= _share(tl.load(logs + at * C + o), tl.load(marks + at * C + o), 0.0, 0, 1)
         of_start = tl.sum(tl.where(after, of_start[None, :], 0.0), 1)
         of_decay = tl.sum(tl.where(before, through, 0.0), 1) + tl.where(mark_before == 0, of_start, 0.0)
         x = tl.load(decay + b * d_b + h * d_h + first * d_t + o * d_t, mask=o < count, other=1.0)

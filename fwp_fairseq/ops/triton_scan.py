@@ -148,7 +148,7 @@ def _forward_shapes(
         new(q is not None, length, d_v),
         new(True, d_k, d_v, dtype=torch.float32),
         new(erase is not None, chunks, chunk, chunk),
-        new(decay is not None, chunks, chunk, dtype=torch.float32),
+        new(decay is not None, chunks, 3, chunk, dtype=torch.float32),
         new(decay is not None, chunks, chunk, dtype=torch.int32),
         new(keep, chunks, d_k, d_v),
         new(keep, length, d_v),
