@@ -192,22 +192,24 @@ def advance(
         written = update.to(keys.dtype)
         if updates is not None:
             _store(updates + (n * L + first) * DV, o, j, DV, count, DV, written)
+        weighted = written
+        if logs is not None:
+            weighted = (update * to_end[:, None]).to(keys.dtype)
+            memory *= whole
+        memory = tl.dot(tl.trans(keys), weighted, memory, input_precision=PRECISION)
         if q is not None:
             queries = _load(q + first * q_t, o, f, q_t, count, DK)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-            read = tl.dot(queries, held, input_precision=PRECISION)
             if logs is not None:
                 scores *= _shares(log, marks + at * C, last, o)
-                read *= from_start[:, None]
             else:
                 scores = tl.where(o[:, None] >= o[None, :], scores, 0.0)
             scores = scores.to(keys.dtype)
+            read = tl.dot(queries, held, input_precision=PRECISION)
+            if logs is not None:
+                read *= from_start[:, None]
             read = tl.dot(scores, written, read, input_precision=PRECISION)
             _store(out + (n * L + first) * DV, o, j, DV, count, DV, read)
-        if logs is not None:
-            written = (update * to_end[:, None]).to(keys.dtype)
-            memory *= whole
-        memory = tl.dot(tl.trans(keys), written, memory, input_precision=PRECISION)
     _store(final, f, j, DV, DK, DV, memory)
 
 
@@ -238,24 +240,26 @@ def retreat(
         first, at = tl.cast(i, tl.int64) * C, n * N + i
         count = L - i * C
         keys = _load(k + first * k_t, o, f, k_t, count, DK)
-        held = grad.to(keys.dtype)
-        _store(grad_memories + at * DK * DV, f, j, DV, DK, DV, held)
-        update = tl.dot(keys, held, input_precision=PRECISION)
         if logs is not None:
             log = logs + at * 3 * C
             from_start, to_end = tl.load(log + C + o), tl.load(log + 2 * C + o)
             whole, last = tl.load(log + 2 * C - 1), tl.load(marks + at * C + C - 1)
-            update *= to_end[:, None]
-            grad *= whole
         if grad_out is not None:
             queries = _load(q + first * q_t, o, f, q_t, count, DK)
-            read = _load(grad_out + first * o_t, o, j, o_t, count, DV)
             scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)  # transposed
             if logs is not None:
                 scores *= _shares(log, marks + at * C, last, o, 0, True)
             else:
                 scores = tl.where(o[:, None] <= o[None, :], scores, 0.0)
             scores = scores.to(keys.dtype)
+        held = grad.to(keys.dtype)
+        _store(grad_memories + at * DK * DV, f, j, DV, DK, DV, held)
+        update = tl.dot(keys, held, input_precision=PRECISION)
+        if logs is not None:
+            update *= to_end[:, None]
+            grad *= whole
+        if grad_out is not None:
+            read = _load(grad_out + first * o_t, o, j, o_t, count, DV)
             update = tl.dot(scores, read, update, input_precision=PRECISION)
             if logs is not None:
                 read = (read * from_start[:, None]).to(keys.dtype)
