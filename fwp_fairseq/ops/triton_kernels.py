@@ -254,16 +254,19 @@ def retreat(
             scores = scores.to(keys.dtype)
         held = grad.to(keys.dtype)
         _store(grad_memories + at * DK * DV, f, j, DV, DK, DV, held)
-        update = tl.dot(keys, held, input_precision=PRECISION)
         if logs is not None:
-            update *= to_end[:, None]
             grad *= whole
         if grad_out is not None:
             read = _load(grad_out + first * o_t, o, j, o_t, count, DV)
-            update = tl.dot(scores, read, update, input_precision=PRECISION)
+            weighted = read
             if logs is not None:
-                read = (read * from_start[:, None]).to(keys.dtype)
-            grad = tl.dot(tl.trans(queries), read, grad, input_precision=PRECISION)
+                weighted = (read * from_start[:, None]).to(keys.dtype)
+            grad = tl.dot(tl.trans(queries), weighted, grad, input_precision=PRECISION)
+        update = tl.dot(keys, held, input_precision=PRECISION)
+        if logs is not None:
+            update *= to_end[:, None]
+        if grad_out is not None:
+            update = tl.dot(scores, read, update, input_precision=PRECISION)
         if erase is not None:
             inverse = tl.load(inverses + at * C * C + o[:, None] * C + o[None, :])
             update = tl.dot(tl.trans(inverse), update.to(keys.dtype), input_precision=PRECISION)
