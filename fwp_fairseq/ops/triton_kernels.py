@@ -78,6 +78,21 @@ def _shares(logs, marks, last, o, ZEROS: tl.constexpr = 0, TRANSPOSED: tl.conste
 
 
 @triton.jit
+def _keep(sums, o, x, first):
+    """Add to a vector in memory. A sum that is wanted later only is done now, so that its terms leave the registers."""
+    tl.store(sums + o, x + tl.load(sums + o, mask=(o >= 0) & (first > 0), other=0.0))
+
+
+@triton.jit
+def _cut(x, marks, last, o):
+    """Without pairs of tokens that a decay of zero separates."""
+    if last >> 16 != 0:
+        zeros = tl.load(marks + o) >> 16
+        x = tl.where(zeros[:, None] == zeros[None, :], x, 0.0)
+    return x
+
+
+@triton.jit
 def _lower(x, o):
     return tl.where(o[:, None] >= o[None, :], x, 0.0)
 
@@ -283,7 +298,7 @@ def retreat(
 @triton.jit
 def differentiate(
     q, k, v, write, erase, decay, logs, marks, memories, updates, grad_out, grad_memories, grad_updates,
-    grad_q, grad_k, grad_v, grad_write, grad_erase, grad_decay,
+    grad_q, grad_k, grad_v, grad_write, grad_erase, grad_decay, sums,
     H, L, N, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, w_b, w_h, w_t, e_b, e_h, e_t, d_b, d_h, d_t,
     o_b, o_h, o_t,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -299,6 +314,7 @@ def differentiate(
     v += b * v_b + h * v_h + first * v_t
     memories += at * DK * DV
     grad_memories += at * DK * DV
+    sums += at * 4 * C
     rows = n * L + first
     updates += rows * DV
     grad_updates += rows * DV
@@ -316,10 +332,10 @@ def differentiate(
         last = tl.load(marks + C - 1)
 
     # By pairs of tokens: dO U^T and G U^T, then what is read, erased and kept through them.
-    of_write, of_erase = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    of_reads, of_keys, of_end, of_pairs = sums, sums + C, sums + 2 * C, sums + 3 * C
     of_share = tl.zeros([C, C], tl.float32)
     if decay is not None:
-        kept = _shares(logs, marks, last, o)
+        share = _shares(logs, marks, last, o, 1)
     if grad_out is not None:
         pairs = tl.zeros([C, C], tl.float32)
         for value in range(0, DV, BV):
@@ -332,8 +348,9 @@ def differentiate(
                 f = feature + tl.arange(0, BK)
                 queries, keys = _load(q, o, f, q_t, count, DK), _load(k, o, f, k_t, count, DK)
                 overlap = tl.dot(queries, tl.trans(keys), overlap, input_precision=PRECISION)
+            pairs *= share
             of_share = pairs * overlap
-            pairs *= kept
+            pairs = _cut(pairs, marks, last, o)
         else:
             pairs = _lower(pairs, o)
         scores = pairs.to(k.dtype.element_ty)
@@ -348,20 +365,19 @@ def differentiate(
             keys = _load(k, o, feature + tl.arange(0, BK), k_t, count, DK)
             overlap = tl.dot(keys, tl.trans(keys), overlap, input_precision=PRECISION)
         if decay is not None:
+            pairs *= share
             of_share -= erased[:, None] * pairs * overlap
-            pairs *= kept
+            pairs = _cut(pairs, marks, last, o)
         pairs = tl.where(o[:, None] > o[None, :], pairs, 0.0)
-        of_erase -= tl.sum(pairs * overlap, 1)
+        _keep(of_pairs, o, tl.sum(pairs * overlap, 1), 0)
         retrieved = (pairs * -erased[:, None]).to(k.dtype.element_ty)
     if decay is not None:
-        if last >> 16 != 0:
-            kept = _shares(logs, marks, last, o, 1)
-        of_share = (of_share * kept).to(k.dtype.element_ty)
+        of_share = of_share.to(k.dtype.element_ty)
 
-    tl.debug_barrier()
     # By tokens and features: products with the memories, and of pairs of tokens with keys and queries.
-    of_start, of_end, of_memory = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), 0.0
+    of_memory = 0.0
     for feature in range(0, DK, BK):
+        tl.debug_barrier()
         f = feature + tl.arange(0, BK)
         keys = _load(k, o, f, k_t, count, DK)
         if grad_out is not None:
@@ -372,7 +388,7 @@ def differentiate(
                 grad = tl.dot(read, tl.trans(memory), grad, input_precision=PRECISION)
             queries = _load(q, o, f, q_t, count, DK)
             if decay is not None:
-                of_start += tl.sum(queries * grad, 1)
+                _keep(of_reads, o, tl.sum(queries * grad, 1), feature)
                 grad *= from_start[:, None]
             grad = tl.dot(scores, keys, grad, input_precision=PRECISION)
             _store(grad_q + rows * DK, o, f, DK, count, DK, grad)
@@ -385,7 +401,7 @@ def differentiate(
                 memory = _load(memories, f, j, DV, DK, DV)
                 of_memory += tl.sum(memory.to(tl.float32) * grad_memory.to(tl.float32))
         if decay is not None:
-            of_end += tl.sum(keys * grad, 1)
+            _keep(of_end, o, tl.sum(keys * grad, 1), feature)
             grad *= to_end[:, None]
         if erase is not None:
             erasing = tl.zeros([C, BK], tl.float32)
@@ -393,13 +409,9 @@ def differentiate(
                 j = value + tl.arange(0, BV)
                 grad_update, memory = _load(grad_updates, o, j, DV, count, DV), _load(memories, f, j, DV, DK, DV)
                 erasing = tl.dot(grad_update, tl.trans(memory), erasing, input_precision=PRECISION)
+            _keep(of_keys, o, tl.sum(keys * erasing, 1), feature)
             if decay is not None:
-                of_key = tl.sum(keys * erasing, 1)
-                of_start -= erased * of_key
-                of_erase -= from_start * of_key
                 erasing *= from_start[:, None]
-            else:
-                of_erase -= tl.sum(keys * erasing, 1)
             grad -= erased[:, None] * erasing
             grad = tl.dot(retrieved, keys, grad, input_precision=PRECISION)
             grad = tl.dot(tl.trans(retrieved), keys, grad, input_precision=PRECISION)
@@ -409,6 +421,7 @@ def differentiate(
 
     tl.debug_barrier()
     # By tokens and values.
+    of_write = tl.zeros([C], tl.float32)
     for value in range(0, DV, BV):
         j = value + tl.arange(0, BV)
         grad = _load(grad_updates, o, j, DV, count, DV).to(tl.float32)
@@ -419,18 +432,25 @@ def differentiate(
     if write is not None:
         tl.store(grad_write + rows + o, of_write, mask=o < count)
     if erase is not None:
-        tl.store(grad_erase + rows + o, of_erase, mask=o < count)
+        of_erase = tl.load(of_keys + o)
+        if decay is not None:
+            of_erase *= from_start
+        tl.store(grad_erase + rows + o, -of_erase - tl.load(of_pairs + o), mask=o < count)
     if decay is not None:
         # A decay gets what the products of all between two tokens get, over itself. One of zero gets it where it is the
         # only one there: from those before it to which only it has put an end, to those after it before the next zero.
         log, mark = tl.load(logs + o), tl.load(marks + o)
-        of_start += tl.where(o == C - 1, of_memory, 0.0)
+        of_start = tl.where(o == C - 1, of_memory, 0.0)
+        if grad_out is not None:
+            of_start += tl.load(of_reads + o)
+        if erase is not None:
+            of_start -= erased * tl.load(of_keys + o)
         of_start *= _share(log, mark, 0.0, 0, 1)
-        of_end *= _share(tl.load(logs + C - 1), last, log, mark, 1)
+        of_last = tl.load(of_end + o) * _share(tl.load(logs + C - 1), last, log, mark, 1)
         mark, mark_before = mark >> 16, tl.load(marks + o - 1, mask=o > 0, other=0) >> 16
         after = (o[:, None] <= o[None, :]) & (mark[:, None] == mark[None, :])
         before = (o[:, None] > o[None, :]) & (mark_before[:, None] == mark[None, :])
-        through = tl.where(mark == last >> 16, 1.0, 0.0)[:, None] * of_end[None, :]
+        through = tl.where(mark == last >> 16, 1.0, 0.0)[:, None] * of_last[None, :]
         through = tl.dot(after.to(of_share.dtype), of_share, through, input_precision=PRECISION)
         of_start = tl.sum(tl.where(after, of_start[None, :], 0.0), 1)
         of_decay = tl.sum(tl.where(before, through, 0.0), 1) + tl.where(mark_before == 0, of_start, 0.0)

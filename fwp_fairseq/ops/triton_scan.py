@@ -183,6 +183,7 @@ def _backward(
     chunks = _ceil(length, cut.chunk)
     sizes = {"DK": d_k, "DV": d_v, "C": cut.chunk, "PRECISION": _precision(k.dtype)}
     grad_memories, grad_updates = torch.empty_like(memories), torch.empty_like(updates)
+    sums = k.new_empty((batch * heads * chunks, 4, cut.chunk), dtype=torch.float32)
     with torch.cuda.device_of(k):
         kernels.retreat[batch * heads * _ceil(d_v, cut.values),](
             q, k, erase, inverses, *_if(decay, logs, marks), grad_out,
@@ -193,7 +194,7 @@ def _backward(
         )  # fmt: skip
         kernels.differentiate[batch * heads * chunks,](
             q, k, v, write, erase, decay, logs, marks, memories, updates, grad_out, grad_memories, grad_updates,
-            *grads[:-1],
+            *grads[:-1], sums,
             heads, length, chunks, *_strides(q, k, v, write, erase, decay, grad_out), **sizes, BK=cut.keys,
             BV=cut.columns, num_warps=cut.gradient_warps,
         )  # fmt: skip
