@@ -41,7 +41,7 @@ def tiles(d_k: int, d_v: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32:
         return Tiles(32, min(values, 32), 4, 1, min(keys, 32), min(values, 32), 4)
     chunk = 64 if keys > 16 else 32
-    return Tiles(chunk, min(values, 64), 4, 2, min(keys, 64), min(values, 64), 4)
+    return Tiles(chunk, min(values, 64), 4, 2, min(keys, 32), min(values, 64), 4)
 
 
 def supports(device_type: str, d_k: int = 1, dtype: torch.dtype = torch.float32) -> bool:
