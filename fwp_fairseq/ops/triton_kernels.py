@@ -31,6 +31,8 @@ import triton.language as tl
 
 # Below it a decay is taken for zero: the smallest normal float32.
 _SMALLEST = tl.constexpr(1.1754944e-38)
+# Compiled once for all lengths and batches: only the strides of q, k and v count for how they are loaded.
+_NUMBERS = ["H", "L", "N", *(f"{gate}_{stride}" for gate in "wed" for stride in "bht")]
 
 
 @triton.jit
@@ -123,7 +125,7 @@ def _invert(a, C: tl.constexpr, PRECISION: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def prepare(
     k, erase, decay, inverses, logs, marks,
     H, L, N, k_b, k_h, k_t, e_b, e_h, e_t, d_b, d_h, d_t,
@@ -158,7 +160,7 @@ def prepare(
         tl.store(inverses + at * C * C + o[:, None] * C + o[None, :], inverse.to(inverses.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def advance(
     q, k, v, write, erase, inverses, logs, marks, initial, out, final, memories, updates,
     H, L, N, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, w_b, w_h, w_t, e_b, e_h, e_t,
@@ -228,7 +230,7 @@ def advance(
     _store(final, f, j, DV, DK, DV, memory)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def retreat(
     q, k, erase, inverses, logs, marks, grad_out, grad_final, grad_memories, grad_updates, grad_initial,
     H, L, N, q_b, q_h, q_t, k_b, k_h, k_t, e_b, e_h, e_t, o_b, o_h, o_t,
@@ -295,7 +297,7 @@ def retreat(
         _store(grad_initial + n * DK * DV, f, j, DV, DK, DV, grad)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def differentiate(
     q, k, v, write, erase, decay, logs, marks, memories, updates, grad_out, grad_memories, grad_updates,
     grad_q, grad_k, grad_v, grad_write, grad_erase, grad_decay, sums,

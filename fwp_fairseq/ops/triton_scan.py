@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from fwp_fairseq.ops.torch_modes import NOT_TWICE
+from fwp_fairseq.ops.torch_modes import NOT_TWICE, is_exported_for_any
 
 # Of keys, whose memories lie in registers.
 LARGEST_KEY = 256
@@ -19,11 +19,12 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Tiles(NamedTuple):
-    """How the work is cut. Sizes are powers of two, of 16 or more.
+    """How the work is cut. All sizes are powers of two, those of tiles 16 at least.
 
     chunk: tokens of a chunk.
-    values: columns of a memory that a program takes through the sequence, with ``warps`` and loads ``stages`` ahead.
-    keys, columns: features and values that the gradients of a chunk take at a time, with ``gradient_warps``.
+    values: columns of a memory that a program takes through the chunks, with ``warps`` warps; it loads ``stages`` chunks
+        at a time.
+    keys, columns: features and values that a program for the gradients of a chunk takes at a time, with as many warps.
     """
 
     chunk: int
@@ -32,23 +33,34 @@ class Tiles(NamedTuple):
     stages: int
     keys: int
     columns: int
-    gradient_warps: int
 
 
-def tiles(d_k: int, d_v: int, dtype: torch.dtype) -> Tiles:
-    """The tiles for heads of a size: the one place that says so. To try others, put another function in its place."""
+def tiles(d_k: int, d_v: int, dtype: torch.dtype, decays: bool) -> Tiles:
+    """The tiles for a head: as large as fits into registers, and at most 99 KiB of shared memory.
+
+    This is the one place that says so. To try others, put another function in its place.
+    """
     keys, values = _power(d_k), _power(d_v)
     if dtype == torch.float32:
-        return Tiles(32, min(values, 32), 4, 1, min(keys, 32), min(values, 32), 4)
-    chunk = 64 if keys > 16 else 32
-    return Tiles(chunk, min(values, 64), 4, 2, min(keys, 32), min(values, 64), 4)
+        return Tiles(16, min(values, 32), 4, 1, min(keys, 32), min(values, 32))
+    return Tiles(
+        chunk=64 if keys > 16 else 32,
+        values=min(values, 64 if keys <= 64 else 4096 // keys),
+        warps=4,
+        stages=2 if keys <= 64 else 1,
+        keys=max(16, min(keys // 2, 32)) if decays else min(keys, 64),
+        columns=min(values, 32 if decays and keys > 64 else 64),
+    )
 
 
 def supports(device_type: str, d_k: int = 1, dtype: torch.dtype = torch.float32) -> bool:
     """Whether there are kernels for a kind of device, for keys of ``d_k`` features and a state of type ``dtype``."""
-    if device_type != "cuda" or not installed or d_k > LARGEST_KEY or dtype == torch.float64:
+    if device_type != "cuda" or torch.version.cuda is None or not installed:
         return False
-    return torch.version.hip is None and torch.cuda.get_device_properties(torch.cuda.current_device()).major >= 8
+    if d_k > LARGEST_KEY or dtype == torch.float64:
+        return False
+    # From Ampere on tensor cores take bfloat16 and tf32.
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).major >= 8
 
 
 def scan(
@@ -72,7 +84,11 @@ def scan(
     q, k, v = None if q is None else q.to(dtype), k.to(dtype), v.to(dtype)
     gates = (None if x is None else x.float() for x in (write, erase, decay))
     inputs = (q, k, v, *gates, initial_state)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if any(x is not None and x.device != k.device for x in inputs):
+        raise ValueError("backend is 'triton', which needs all tensors on one device, these are on several devices")
+    differentiable = any(x is not None and x.requires_grad for x in inputs)
+    # How many memories are kept for a backward pass depends on the length: none by a program for any length.
+    keep = torch.is_grad_enabled() and differentiable and not is_exported_for_any(k.size(2))
     out, state, *_ = torch.ops.fwp_fairseq.triton_scan(*inputs, keep)
     return (None if q is None else out), state
 
@@ -106,21 +122,21 @@ def _forward(
     out, state, inverses, logs, marks, memories, updates = made
     q, k, v = _rows(q), _rows(k), _rows(v)
     (batch, heads, length, d_k), d_v = k.shape, v.size(3)
-    cut = tiles(d_k, d_v, k.dtype)
+    cut = tiles(d_k, d_v, k.dtype, decay is not None)
     chunks = _ceil(length, cut.chunk)
     sizes = {"DK": d_k, "C": cut.chunk, "PRECISION": _precision(k.dtype)}
     with torch.cuda.device_of(k):
         if erase is not None or decay is not None:
             kernels.prepare[batch * heads * chunks,](
                 k, erase, decay, inverses, logs, marks,
-                heads, length, chunks, *_strides(k, erase, decay), **sizes, BK=cut.keys, num_warps=4,
+                heads, length, chunks, *_strides(k, erase, decay), **sizes, BK=cut.keys, num_warps=cut.warps,
             )  # fmt: skip
         kernels.advance[batch * heads * _ceil(d_v, cut.values),](
             None if q is None else q, k, v, write, erase,
             inverses, *_if(decay, logs, marks), None if initial_state is None else initial_state.contiguous(),
             out, state, *(memories, updates) if keep else (None, None),
             heads, length, chunks, *_strides(q, k, v, write, erase), **sizes, DV=d_v, BK=_power(d_k), BV=cut.values,
-            STAGES=cut.stages, num_warps=cut.warps,
+            STAGES=cut.stages, num_stages=cut.stages, num_warps=cut.warps,
         )  # fmt: skip
     return made
 
@@ -138,7 +154,7 @@ def _forward_shapes(
     """Read-outs and the final memory; T and P, as logarithms and marks; W0 and U, which only a backward pass needs."""
     batch, heads, length, d_k = k.shape
     d_v = v.size(3)
-    chunk = tiles(d_k, d_v, k.dtype).chunk
+    chunk = tiles(d_k, d_v, k.dtype, decay is not None).chunk
     chunks = _ceil(length, chunk)
 
     def new(wanted: bool, *shape: int, dtype: torch.dtype = k.dtype) -> Tensor:
@@ -179,7 +195,7 @@ def _backward(
         grad_q.zero_()
     q, k, v, grad_out = _rows(q), _rows(k), _rows(v), _rows(grad_out)
     (batch, heads, length, d_k), d_v = k.shape, v.size(3)
-    cut = tiles(d_k, d_v, k.dtype)
+    cut = tiles(d_k, d_v, k.dtype, decay is not None)
     chunks = _ceil(length, cut.chunk)
     sizes = {"DK": d_k, "DV": d_v, "C": cut.chunk, "PRECISION": _precision(k.dtype)}
     grad_memories, grad_updates = torch.empty_like(memories), torch.empty_like(updates)
@@ -190,13 +206,13 @@ def _backward(
             None if grad_state is None else grad_state.contiguous(), grad_memories, grad_updates,
             *_if(initial_state, grad_initial),
             heads, length, chunks, *_strides(q, k, erase, grad_out), **sizes, BK=_power(d_k), BV=cut.values,
-            STAGES=cut.stages, num_warps=cut.warps,
+            STAGES=cut.stages, num_stages=cut.stages, num_warps=cut.warps,
         )  # fmt: skip
         kernels.differentiate[batch * heads * chunks,](
             q, k, v, write, erase, decay, logs, marks, memories, updates, grad_out, grad_memories, grad_updates,
             *grads[:-1], sums,
             heads, length, chunks, *_strides(q, k, v, write, erase, decay, grad_out), **sizes, BK=cut.keys,
-            BV=cut.columns, num_warps=cut.gradient_warps,
+            BV=cut.columns, num_stages=cut.stages, num_warps=cut.warps,
         )  # fmt: skip
     return grads
 
