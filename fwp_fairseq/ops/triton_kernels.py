@@ -127,7 +127,7 @@ def _invert(a, C: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def prepare(
-    k, erase, decay, inverses, logs, marks,
+    k, erase, decay, inverses, spans, marks,
     H, L, N, k_b, k_h, k_t, e_b, e_h, e_t, d_b, d_h, d_t,
     DK: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -136,6 +136,7 @@ def prepare(
     b, h, first = at // N // H, at // N % H, at % N * C
     o = tl.arange(0, C)
     count = (L - first).to(tl.int32)
+    spans += at * 4 * C
     if decay is not None:
         x = tl.load(decay + b * d_b + h * d_h + first * d_t + o * d_t, mask=o < count, other=1.0).to(tl.float32)
         size = tl.abs(x)
@@ -144,9 +145,10 @@ def prepare(
         last = tl.sum(tl.where(o == C - 1, mark, 0), 0)
         log_end = tl.sum(tl.where(o == C - 1, log, 0.0), 0)
         tl.store(marks + at * C + o, mark)
-        tl.store(logs + at * 3 * C + o, log)
-        tl.store(logs + at * 3 * C + C + o, _share(log, mark, 0.0, 0))
-        tl.store(logs + at * 3 * C + 2 * C + o, _share(log_end, last, log, mark))
+        from_start = _share(log, mark, 0.0, 0)
+        tl.store(spans + o, log)
+        tl.store(spans + C + o, from_start)
+        tl.store(spans + 2 * C + o, _share(log_end, last, log, mark))
     if erase is not None:
         k += b * k_b + h * k_h + first * k_t
         overlap = tl.zeros([C, C], tl.float32)
@@ -155,15 +157,17 @@ def prepare(
             overlap = tl.dot(keys, tl.trans(keys), overlap, input_precision=PRECISION)
         if decay is not None:
             overlap *= _share(log[:, None], mark[:, None], log[None, :], mark[None, :])
-        overlap *= _gate(erase + b * e_b + h * e_h + first * e_t, o, e_t, count)[:, None]
+        erased = _gate(erase + b * e_b + h * e_h + first * e_t, o, e_t, count)
+        overlap *= erased[:, None]
         inverse = _invert(tl.where(o[:, None] > o[None, :], overlap, 0.0), C, PRECISION)
         tl.store(inverses + at * C * C + o[:, None] * C + o[None, :], inverse.to(inverses.dtype.element_ty))
+        tl.store(spans + 3 * C + o, erased * from_start if decay is not None else erased)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def advance(
-    q, k, v, write, erase, inverses, logs, marks, initial, out, final, memories, updates,
-    H, L, N, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, w_b, w_h, w_t, e_b, e_h, e_t,
+    q, k, v, write, inverses, spans, marks, initial, out, final, memories, updates,
+    H, L, N, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, w_b, w_h, w_t,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -179,8 +183,6 @@ def advance(
         q += b * q_b + h * q_h
     if write is not None:
         write += b * w_b + h * w_h
-    if erase is not None:
-        erase += b * e_b + h * e_h
     if initial is not None:
         memory = _load(initial + n * DK * DV, f, j, DV, DK, DV)
     else:
@@ -193,16 +195,13 @@ def advance(
         held = memory.to(keys.dtype)
         if memories is not None:
             _store(memories + at * DK * DV, f, j, DV, DK, DV, held)
-        if logs is not None:
-            log = logs + at * 3 * C
-            from_start, to_end = tl.load(log + C + o), tl.load(log + 2 * C + o)
-            whole, last = tl.load(log + 2 * C - 1), tl.load(marks + at * C + C - 1)
+        if marks is not None:
+            from_start, to_end = tl.load(spans + at * 4 * C + C + o), tl.load(spans + at * 4 * C + 2 * C + o)
+            whole, last = tl.load(spans + at * 4 * C + 2 * C - 1), tl.load(marks + at * C + C - 1)
         if write is not None:
             update *= _gate(write + first * w_t, o, w_t, count)[:, None]
-        if erase is not None:
-            old = _gate(erase + first * e_t, o, e_t, count)
-            if logs is not None:
-                old *= from_start
+        if inverses is not None:
+            old = tl.load(spans + at * 4 * C + 3 * C + o)
             update -= old[:, None] * tl.dot(keys, held, input_precision=PRECISION)
             inverse = tl.load(inverses + at * C * C + o[:, None] * C + o[None, :])
             update = tl.dot(inverse, update.to(keys.dtype), input_precision=PRECISION)
@@ -210,20 +209,20 @@ def advance(
         if updates is not None:
             _store(updates + (n * L + first) * DV, o, j, DV, count, DV, written)
         weighted = written
-        if logs is not None:
+        if marks is not None:
             weighted = (update * to_end[:, None]).to(keys.dtype)
             memory *= whole
         memory = tl.dot(tl.trans(keys), weighted, memory, input_precision=PRECISION)
         if q is not None:
             queries = _load(q + first * q_t, o, f, q_t, count, DK)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-            if logs is not None:
-                scores *= _shares(log, marks + at * C, last, o)
+            if marks is not None:
+                scores *= _shares(spans + at * 4 * C, marks + at * C, last, o)
             else:
                 scores = tl.where(o[:, None] >= o[None, :], scores, 0.0)
             scores = scores.to(keys.dtype)
             read = tl.dot(queries, held, input_precision=PRECISION)
-            if logs is not None:
+            if marks is not None:
                 read *= from_start[:, None]
             read = tl.dot(scores, written, read, input_precision=PRECISION)
             _store(out + (n * L + first) * DV, o, j, DV, count, DV, read)
@@ -232,8 +231,8 @@ def advance(
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def retreat(
-    q, k, erase, inverses, logs, marks, grad_out, grad_final, grad_memories, grad_updates, grad_initial,
-    H, L, N, q_b, q_h, q_t, k_b, k_h, k_t, e_b, e_h, e_t, o_b, o_h, o_t,
+    q, k, inverses, spans, marks, grad_out, grad_final, grad_memories, grad_updates, grad_initial,
+    H, L, N, q_b, q_h, q_t, k_b, k_h, k_t, o_b, o_h, o_t,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -246,8 +245,6 @@ def retreat(
     if grad_out is not None:
         q += b * q_b + h * q_h
         grad_out += b * o_b + h * o_h
-    if erase is not None:
-        erase += b * e_b + h * e_h
     if grad_final is not None:
         grad = _load(grad_final + n * DK * DV, f, j, DV, DK, DV)
     else:
@@ -257,39 +254,36 @@ def retreat(
         first, at = tl.cast(i, tl.int64) * C, n * N + i
         count = L - i * C
         keys = _load(k + first * k_t, o, f, k_t, count, DK)
-        if logs is not None:
-            log = logs + at * 3 * C
-            from_start, to_end = tl.load(log + C + o), tl.load(log + 2 * C + o)
-            whole, last = tl.load(log + 2 * C - 1), tl.load(marks + at * C + C - 1)
+        if marks is not None:
+            from_start, to_end = tl.load(spans + at * 4 * C + C + o), tl.load(spans + at * 4 * C + 2 * C + o)
+            whole, last = tl.load(spans + at * 4 * C + 2 * C - 1), tl.load(marks + at * C + C - 1)
         if grad_out is not None:
             queries = _load(q + first * q_t, o, f, q_t, count, DK)
             scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)  # transposed
-            if logs is not None:
-                scores *= _shares(log, marks + at * C, last, o, 0, True)
+            if marks is not None:
+                scores *= _shares(spans + at * 4 * C, marks + at * C, last, o, 0, True)
             else:
                 scores = tl.where(o[:, None] <= o[None, :], scores, 0.0)
             scores = scores.to(keys.dtype)
         held = grad.to(keys.dtype)
         _store(grad_memories + at * DK * DV, f, j, DV, DK, DV, held)
-        if logs is not None:
+        if marks is not None:
             grad *= whole
         if grad_out is not None:
             read = _load(grad_out + first * o_t, o, j, o_t, count, DV)
             weighted = read
-            if logs is not None:
+            if marks is not None:
                 weighted = (read * from_start[:, None]).to(keys.dtype)
             grad = tl.dot(tl.trans(queries), weighted, grad, input_precision=PRECISION)
         update = tl.dot(keys, held, input_precision=PRECISION)
-        if logs is not None:
+        if marks is not None:
             update *= to_end[:, None]
         if grad_out is not None:
             update = tl.dot(scores, read, update, input_precision=PRECISION)
-        if erase is not None:
+        if inverses is not None:
             inverse = tl.load(inverses + at * C * C + o[:, None] * C + o[None, :])
             update = tl.dot(tl.trans(inverse), update.to(keys.dtype), input_precision=PRECISION)
-            old = _gate(erase + first * e_t, o, e_t, count)
-            if logs is not None:
-                old *= from_start
+            old = tl.load(spans + at * 4 * C + 3 * C + o)
             retrieved = (update * -old[:, None]).to(keys.dtype)
             grad = tl.dot(tl.trans(keys), retrieved, grad, input_precision=PRECISION)
         _store(grad_updates + (n * L + first) * DV, o, j, DV, count, DV, update)
@@ -299,7 +293,7 @@ def retreat(
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def differentiate(
-    q, k, v, write, erase, decay, logs, marks, memories, updates, grad_out, grad_memories, grad_updates,
+    q, k, v, write, erase, decay, spans, marks, memories, updates, grad_out, grad_memories, grad_updates,
     grad_q, grad_k, grad_v, grad_write, grad_erase, grad_decay, sums,
     H, L, N, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, w_b, w_h, w_t, e_b, e_h, e_t, d_b, d_h, d_t,
     o_b, o_h, o_t,
@@ -328,16 +322,16 @@ def differentiate(
     if erase is not None:
         erased = _gate(erase + b * e_b + h * e_h + first * e_t, o, e_t, count)
     if decay is not None:
-        logs += at * 3 * C
+        spans += at * 4 * C
         marks += at * C
-        from_start, to_end = tl.load(logs + C + o), tl.load(logs + 2 * C + o)
+        from_start, to_end = tl.load(spans + C + o), tl.load(spans + 2 * C + o)
         last = tl.load(marks + C - 1)
 
     # By pairs of tokens: dO U^T and G U^T, then what is read, erased and kept through them.
     of_reads, of_keys, of_end, of_pairs = sums, sums + C, sums + 2 * C, sums + 3 * C
     of_share = tl.zeros([C, C], tl.float32)
     if decay is not None:
-        share = _shares(logs, marks, last, o, 1)
+        share = _shares(spans, marks, last, o, 1)
     if grad_out is not None:
         pairs = tl.zeros([C, C], tl.float32)
         for value in range(0, DV, BV):
@@ -441,14 +435,14 @@ def differentiate(
     if decay is not None:
         # A decay gets what the products of all between two tokens get, over itself. One of zero gets it where it is the
         # only one there: from those before it to which only it has put an end, to those after it before the next zero.
-        log, mark = tl.load(logs + o), tl.load(marks + o)
+        log, mark = tl.load(spans + o), tl.load(marks + o)
         of_start = tl.where(o == C - 1, of_memory, 0.0)
         if grad_out is not None:
             of_start += tl.load(of_reads + o)
         if erase is not None:
             of_start -= erased * tl.load(of_keys + o)
         of_start *= _share(log, mark, 0.0, 0, 1)
-        of_last = tl.load(of_end + o) * _share(tl.load(logs + C - 1), last, log, mark, 1)
+        of_last = tl.load(of_end + o) * _share(tl.load(spans + C - 1), last, log, mark, 1)
         mark, mark_before = mark >> 16, tl.load(marks + o - 1, mask=o > 0, other=0) >> 16
         after = (o[:, None] <= o[None, :]) & (mark[:, None] == mark[None, :])
         before = (o[:, None] > o[None, :]) & (mark_before[:, None] == mark[None, :])

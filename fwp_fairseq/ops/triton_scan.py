@@ -119,8 +119,9 @@ def _forward(
     from fwp_fairseq.ops import triton_kernels as kernels
 
     made = _forward_shapes(q, k, v, write, erase, decay, initial_state, keep)
-    out, state, inverses, logs, marks, memories, updates = made
+    out, state, inverses, spans, marks, memories, updates = made
     q, k, v = _rows(q), _rows(k), _rows(v)
+    initial_state = None if initial_state is None else initial_state.contiguous()
     (batch, heads, length, d_k), d_v = k.shape, v.size(3)
     cut = tiles(d_k, d_v, k.dtype, decay is not None)
     chunks = _ceil(length, cut.chunk)
@@ -128,14 +129,13 @@ def _forward(
     with torch.cuda.device_of(k):
         if erase is not None or decay is not None:
             kernels.prepare[batch * heads * chunks,](
-                k, erase, decay, inverses, logs, marks,
+                k, erase, decay, inverses, spans, marks,
                 heads, length, chunks, *_strides(k, erase, decay), **sizes, BK=cut.keys, num_warps=cut.warps,
             )  # fmt: skip
         kernels.advance[batch * heads * _ceil(d_v, cut.values),](
-            None if q is None else q, k, v, write, erase,
-            inverses, *_if(decay, logs, marks), None if initial_state is None else initial_state.contiguous(),
+            q, k, v, write, *_if(erase, inverses), spans, *_if(decay, marks), initial_state,
             out, state, *(memories, updates) if keep else (None, None),
-            heads, length, chunks, *_strides(q, k, v, write, erase), **sizes, DV=d_v, BK=_power(d_k), BV=cut.values,
+            heads, length, chunks, *_strides(q, k, v, write), **sizes, DV=d_v, BK=_power(d_k), BV=cut.values,
             STAGES=cut.stages, num_stages=cut.stages, num_warps=cut.warps,
         )  # fmt: skip
     return made
@@ -164,7 +164,7 @@ def _forward_shapes(
         new(q is not None, length, d_v),
         new(True, d_k, d_v, dtype=torch.float32),
         new(erase is not None, chunks, chunk, chunk),
-        new(decay is not None, chunks, 3, chunk, dtype=torch.float32),
+        new(erase is not None or decay is not None, chunks, 4, chunk, dtype=torch.float32),
         new(decay is not None, chunks, chunk, dtype=torch.int32),
         new(keep, chunks, d_k, d_v),
         new(keep, length, d_v),
@@ -182,7 +182,7 @@ def _backward(
     decay: Optional[Tensor],
     initial_state: Optional[Tensor],
     inverses: Tensor,
-    logs: Tensor,
+    spans: Tensor,
     marks: Tensor,
     memories: Tensor,
     updates: Tensor,
@@ -202,14 +202,14 @@ def _backward(
     sums = k.new_empty((batch * heads * chunks, 4, cut.chunk), dtype=torch.float32)
     with torch.cuda.device_of(k):
         kernels.retreat[batch * heads * _ceil(d_v, cut.values),](
-            q, k, erase, inverses, *_if(decay, logs, marks), grad_out,
+            q, k, *_if(erase, inverses), spans, *_if(decay, marks), grad_out,
             None if grad_state is None else grad_state.contiguous(), grad_memories, grad_updates,
             *_if(initial_state, grad_initial),
-            heads, length, chunks, *_strides(q, k, erase, grad_out), **sizes, BK=_power(d_k), BV=cut.values,
+            heads, length, chunks, *_strides(q, k, grad_out), **sizes, BK=_power(d_k), BV=cut.values,
             STAGES=cut.stages, num_stages=cut.stages, num_warps=cut.warps,
         )  # fmt: skip
         kernels.differentiate[batch * heads * chunks,](
-            q, k, v, write, erase, decay, logs, marks, memories, updates, grad_out, grad_memories, grad_updates,
+            q, k, v, write, erase, decay, spans, marks, memories, updates, grad_out, grad_memories, grad_updates,
             *grads[:-1], sums,
             heads, length, chunks, *_strides(q, k, v, write, erase, decay, grad_out), **sizes, BK=cut.keys,
             BV=cut.columns, num_stages=cut.stages, num_warps=cut.warps,
@@ -278,7 +278,7 @@ def _differentiate_again(ctx: Any, *grads: Tensor) -> None:
 
 def _register(library: torch.library.Library) -> None:
     inputs = "Tensor? q, Tensor k, Tensor v, Tensor? write, Tensor? erase, Tensor? decay, Tensor? initial_state"
-    kept = "Tensor inverses, Tensor logs, Tensor marks, Tensor memories, Tensor updates"
+    kept = "Tensor inverses, Tensor spans, Tensor marks, Tensor memories, Tensor updates"
     seven = f"({', '.join(['Tensor'] * 7)})"
     for name, schema, kernel, shapes in (
         ("triton_scan", f"({inputs}, bool keep) -> {seven}", _forward, _forward_shapes),
