@@ -73,7 +73,7 @@ def time_scan(b: int, h: int, length: int, d_k: int, d_v: int, repeats: int) -> 
 
     with_fla = importlib.util.find_spec("fla") is not None and d_k <= fla.LARGEST_KEY
     for rule in gates:
-        for backend in ("native", "chunk", "fla") if with_fla and rule != "sum" else ("native", "chunk"):
+        for backend in ("triton", "native", "chunk", *(("fla",) if with_fla and rule != "sum" else ())):
             time(rule, backend, ours(rule, backend))
     if d_k == d_v:
         time("softmax", "torch SDPA", softmax)
