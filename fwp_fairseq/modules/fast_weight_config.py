@@ -256,7 +256,8 @@ def check_backend(backend: str, rule: UpdateRule, cpu: bool = False) -> None:
     if backend in GPU_BACKENDS and (cpu or not torch.cuda.is_available()):
         why = "--cpu says to use none" if cpu else "torch finds none"
         raise ValueError(
-            f"--fast-weight-backend is {backend}, which needs a GPU, and {why}: allowed are auto, native, chunk and loop"
+            f"--fast-weight-backend is {backend}, which needs a GPU, and {why}: "
+            "allowed are auto, native, chunk and loop"
         )
 
 

@@ -57,8 +57,8 @@ def _gate(pointer, rows, stride, count):
 def _share(log, mark, log_before, mark_before, ZEROS: tl.constexpr = 0):
     """What is left at a token of what was there at one before it; up to ZEROS decays of zero count as one.
 
-    ``log`` is log2 |decay_1 ... decay_t| without the zeros, ``mark`` the number of negative decays, and from the 16th bit
-    on of zeros.
+    ``log`` is log2 |decay_1 ... decay_t| without the zeros, ``mark`` the number of negative decays, and from the 16th
+    bit on that of zeros.
     """
     size = tl.exp2(log - log_before)
     size = tl.where((mark ^ mark_before) % 2 == 1, -size, size)
@@ -117,7 +117,7 @@ def _invert(a, C: tl.constexpr, PRECISION: tl.constexpr):
     x = tl.reshape(tl.where(diagonal, x[:, :, None, :], 0.0), [C, C])
     c = tl.arange(0, C)
     for level in tl.static_range(0, 2):
-        if C > 16 << level:
+        if 16 << level < C:
             # Of two blocks beside each other on the diagonal, what is below the first.
             row, column = c[:, None] // (16 << level), c[None, :] // (16 << level)
             below = tl.where((row % 2 == 1) & (column == row - 1), a, 0.0)
@@ -183,10 +183,9 @@ def advance(
         q += b * q_b + h * q_h
     if write is not None:
         write += b * w_b + h * w_h
+    memory = tl.zeros([BK, BV], tl.float32)
     if initial is not None:
-        memory = _load(initial + n * DK * DV, f, j, DV, DK, DV)
-    else:
-        memory = tl.zeros([BK, BV], tl.float32)
+        memory += _load(initial + n * DK * DV, f, j, DV, DK, DV)
     for i in tl.range(0, N, num_stages=STAGES):
         first, at = tl.cast(i, tl.int64) * C, n * N + i
         count = L - i * C
@@ -245,10 +244,9 @@ def retreat(
     if grad_out is not None:
         q += b * q_b + h * q_h
         grad_out += b * o_b + h * o_h
+    grad = tl.zeros([BK, BV], tl.float32)
     if grad_final is not None:
-        grad = _load(grad_final + n * DK * DV, f, j, DV, DK, DV)
-    else:
-        grad = tl.zeros([BK, BV], tl.float32)
+        grad += _load(grad_final + n * DK * DV, f, j, DV, DK, DV)
     for step in tl.range(0, N, num_stages=STAGES):
         i = N - 1 - step
         first, at = tl.cast(i, tl.int64) * C, n * N + i

@@ -22,9 +22,9 @@ class Tiles(NamedTuple):
     """How the work is cut. All sizes are powers of two, those of tiles 16 at least.
 
     chunk: tokens of a chunk.
-    values: columns of a memory that a program takes through the chunks, with ``warps`` warps; it loads ``stages`` chunks
-        at a time.
-    keys, columns: features and values that a program for the gradients of a chunk takes at a time, with as many warps.
+    values: columns of a memory that a program takes through the chunks, with ``warps`` warps.
+    stages: how many chunks it has in shared memory, the one in work and those that are loaded meanwhile.
+    keys, columns: features and values that a program for the gradients of a chunk takes at a time.
     """
 
     chunk: int
