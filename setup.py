@@ -197,6 +197,8 @@ setup(
             "onnx",
             "onnxruntime",
             "safetensors",
+            # Of Triton's kernels the tests run some on the processor, and compile all.
+            "triton; sys_platform == 'linux'",
         ],
     },
     classifiers=[

@@ -18,13 +18,14 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from fwp_fairseq.ops import BACKENDS, native  # noqa: E402
+from fwp_fairseq.ops.fast_weights import GPU_BACKENDS  # noqa: E402
 
 needs_native = pytest.mark.skipif(native.unavailable is not None, reason=f"no compiled operators: {native.unavailable}")
 
 
 def backends(*without: str) -> pytest.MarkDecorator:
     """Runs a test with every backend for a processor, except those named."""
-    names = sorted(set(BACKENDS) - {"fla"} - set(without))
+    names = sorted(set(BACKENDS) - set(GPU_BACKENDS) - set(without))
     return pytest.mark.parametrize(
         "backend", [pytest.param(n, marks=needs_native if n == "native" else ()) for n in names]
     )

@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 has_everything() {
     "$1" - 2>/dev/null <<'END'
 import importlib.util, sys
-needed = "torch fairseq sacrebleu sentencepiece subword_nmt pytest xdist hypothesis ruff mypy babel polib sacremoses matplotlib setuptools pip onnx onnxruntime safetensors"
+needed = "torch fairseq sacrebleu sentencepiece subword_nmt pytest xdist hypothesis ruff mypy babel polib sacremoses matplotlib setuptools pip onnx onnxruntime safetensors triton"
 sys.exit(not all(importlib.util.find_spec(name) for name in needed.split()))
 END
 }

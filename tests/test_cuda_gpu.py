@@ -104,6 +104,7 @@ def test_the_operators_keep_torchs_rules_for_operators(uses):
 
 @needs_kernels
 def test_auto_takes_kernels_where_there_are_some():
+    assert choose_backend("auto", device_type="cuda", dtype=torch.float64) == "native"
     assert choose_backend("auto", device_type="cuda", d_k=512) == "native"
     assert choose_backend("auto", device_type="cuda", d_k=513) == "chunk"
     x = torch.rand(1, 1, 4, 600, device="cuda")

@@ -35,6 +35,7 @@ from torch import nn
 from fwp_fairseq.modules import FastWeightConfig
 from fwp_fairseq.modules.stages import STAGES
 from fwp_fairseq.ops import FEATURE_MAPS, UPDATE_RULES
+from fwp_fairseq.ops.fast_weights import GPU_BACKENDS
 
 WORDS = dictionary(20)
 TRANSLATION = TranslationTask(TranslationConfig(), WORDS, WORDS)
@@ -402,19 +403,20 @@ def test_what_an_architecture_sets_is_no_flag_without_effect(caplog: Any) -> Non
 
 
 @pytest.mark.parametrize("gpu, flags, reason", [(False, [], "torch finds none"), (True, ["--cpu"], "--cpu")])
+@pytest.mark.parametrize("name", GPU_BACKENDS)
 def test_a_backend_for_a_gpu_is_refused_by_name_where_there_is_none(
-    gpu: bool, flags: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
+    name: str, gpu: bool, flags: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    message = f"--fast-weight-backend is fla, which needs a GPU, and {reason}"
+    message = f"--fast-weight-backend is {name}, which needs a GPU, and {reason}"
     for build in (build_translation, build_lm):
         with pytest.raises(ValueError, match=message):
-            build("--fast-weight-backend", "fla", *flags)
-    given = {"fast_weight_backend": "fla", "cpu": bool(flags)}
+            build("--fast-weight-backend", name, *flags)
+    given = {"fast_weight_backend": name, "cpu": bool(flags)}
     with pytest.raises(ValueError, match=message):
         build_from_namespace("associative_memory", RETRIEVAL, given)
     if gpu:
-        build_translation("--fast-weight-backend", "fla")
+        build_translation("--fast-weight-backend", name)
 
 
 @pytest.mark.parametrize(

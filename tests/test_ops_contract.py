@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fwp_fairseq.ops import BACKENDS, dpfp, fast_weight_memory, fast_weight_scan, fast_weight_step
 from fwp_fairseq.ops.chunkwise import DEFAULT_CHUNK_SIZE
+from fwp_fairseq.ops.fast_weights import GPU_BACKENDS
 
 # What each rule of the table uses of (write, erase, decay).
 rules = pytest.mark.parametrize(
@@ -28,7 +29,7 @@ forms = pytest.mark.parametrize(
     [
         *(
             pytest.param(name, None, marks=needs_native if name == "native" else ())
-            for name in sorted(set(BACKENDS) - {"fla"})
+            for name in sorted(set(BACKENDS) - set(GPU_BACKENDS))
         ),
         ("chunk", 1.0),
         ("loop", 1.0),

@@ -13,7 +13,7 @@ from omegaconf import II
 from fwp_fairseq.modules.places import CROSS_ATTENTION, ENCODER_SELF_ATTENTION, PLACES
 from fwp_fairseq.modules.stages import STAGES
 from fwp_fairseq.ops import BACKENDS, FEATURE_MAPS, KEY_NORMALIZATIONS, UPDATE_RULES, FeatureMap, Option, UpdateRule
-from fwp_fairseq.ops.fast_weights import choose_backend
+from fwp_fairseq.ops.fast_weights import GPU_BACKENDS, choose_backend
 
 logger = logging.getLogger(__name__)
 
@@ -253,10 +253,11 @@ def check_backend(backend: str, rule: UpdateRule, cpu: bool = False) -> None:
         choose_backend(backend, rule.max_norm)
     except ValueError as error:
         raise ValueError(f"--fast-weight-backend, with --update-rule {rule.name}: {error}") from None
-    if backend == "fla" and (cpu or not torch.cuda.is_available()):
+    if backend in GPU_BACKENDS and (cpu or not torch.cuda.is_available()):
         why = "--cpu says to use none" if cpu else "torch finds none"
         raise ValueError(
-            f"--fast-weight-backend is fla, which needs a GPU, and {why}: allowed are auto, native, chunk and loop"
+            f"--fast-weight-backend is {backend}, which needs a GPU, and {why}: "
+            "allowed are auto, native, chunk and loop"
         )
 
 

@@ -1,7 +1,8 @@
 """The public operators on fast-weight memories. Layout: batch B, heads H, time L, features D.
 
 They check shapes, promote to the state's type, and pick a backend; the mathematics is in ``token_loop`` (the
-definition), ``chunkwise`` and ``chunkwise_bounded`` (parallel over time) and ``native`` (the same, compiled).
+definition), ``chunkwise`` and ``chunkwise_bounded`` (parallel over time), ``native`` (the same, compiled) and
+``triton_scan`` (the same, on a GPU's tensor cores).
 ``update_rules`` says which scalars make which rule.
 """
 
@@ -11,16 +12,24 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from fwp_fairseq.ops import chunkwise, chunkwise_bounded, fla, native, token_loop
+from fwp_fairseq.ops import chunkwise, chunkwise_bounded, fla, native, token_loop, triton_scan
 from fwp_fairseq.ops.numerics import state_dtype
 from fwp_fairseq.ops.torch_modes import is_exported_for_any, is_transformed, without_autocast
 
 _Scan = Callable[..., tuple[Optional[Tensor], Tensor]]
 
 # A compiled backend joins the package, its checks and its contract tests by adding one entry.
-BACKENDS: dict[str, _Scan] = {"loop": token_loop.scan, "chunk": chunkwise.scan, "native": native.scan, "fla": fla.scan}
+BACKENDS: dict[str, _Scan] = {
+    "loop": token_loop.scan,
+    "chunk": chunkwise.scan,
+    "native": native.scan,
+    "triton": triton_scan.scan,
+    "fla": fla.scan,
+}
+# These run on a GPU only.
+GPU_BACKENDS = ("triton", "fla")
 # These read q, k and v in their own type, and start without a state as well.
-_OWN_TYPES = ("native", "fla")
+_OWN_TYPES = ("native", *GPU_BACKENDS)
 
 
 @without_autocast
@@ -47,15 +56,16 @@ def fast_weight_scan(
     initial_state: (B, H, Dk, Dv), or None for zero. Differentiable in every tensor, also through the final state.
 
     backend: "loop" (the definition, one token at a time), "chunk" (parallel over time), "native" (parallel over time,
-        compiled), "fla" (flash-linear-attention's kernels, for the delta rules in half precision on a GPU), or "auto":
-        "native" where it was built and has kernels for the device and the size of keys, else "chunk".
+        compiled), "triton" (the same on a GPU's tensor cores), "fla" (flash-linear-attention's kernels, for the delta
+        rules in half precision on a GPU), or "auto": "triton" on a GPU where it is installed and has kernels for the
+        type and the size of keys, else "native" where it was built and has them, else "chunk".
     max_norm: after each write scale W down to this Frobenius norm if it is larger (1 for FWM); "loop" and "chunk" can.
     chunk_size: tokens per chunk of the "chunk" backend.
 
     Returns out (B, H, L, Dv) in v's type and the final state (B, H, Dk, Dv) in float32 (float64 for float64 inputs).
     Raises ValueError on shapes that do not fit, and on options that the backend does not have; RuntimeError where
-    "native" or "fla" is asked for and is not there, and for what a backend does not have: second derivatives ("loop"
-    has them), torch.func (all but "native" and "fla"), torch.export of a varying length ("chunk" and "native", without
+    "native", "triton" or "fla" is asked for and is not there, and for what a backend does not have: second derivatives
+    ("loop" has them), torch.func ("loop" and "chunk"), torch.export of a varying length ("chunk" and "native", without
     max_norm). The result is the same within autocast as without.
     """
     out, state = _run(q, k, v, write, erase, decay, initial_state, backend, max_norm, chunk_size)
@@ -193,7 +203,11 @@ def choose_backend(
     Raises ValueError for an unknown one, and for ``max_norm`` with one that cannot bound the memory.
     """
     if backend == "auto":
-        if max_norm is not None or is_transformed() or not native.supports(device_type, d_k, dtype):
+        if max_norm is not None or is_transformed():
+            return "chunk"
+        if triton_scan.supports(device_type, d_k, dtype):
+            return "triton"
+        if not native.supports(device_type, d_k, dtype):
             return "chunk"
         if native.unavailable is not None:
             native.note_unavailable()
