@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from shared import write_csv
 from torch import Tensor
 
-from fwp_fairseq.ops import BACKENDS, fast_weight_scan, fla, native
+from fwp_fairseq.ops import fast_weight_scan, fla, native
 
 # (B, H, L, Dk, Dv): a large model, the paper's small and medium language models, long sequences, and DPFP-2 features.
 SCANS = [
@@ -153,11 +153,12 @@ def make_inputs(shape: tuple[int, ...], device: str, by_head: bool) -> Inputs:
     return Inputs(q, k, v.requires_grad_(), beta, decay, grad)
 
 
-def runs(shape: tuple[int, ...], chosen: list[str]) -> list[tuple[str, str]]:
+def runs(shape: tuple[int, ...], device: str, chosen: list[str]) -> list[tuple[str, str]]:
     """Rules, and implementations that have them; the one that tries out how to compile itself comes last."""
     *_, d_k, d_v = shape
     found = [("softmax", "torch SDPA")] if d_k == d_v else []
-    found += [(rule, name) for rule in RULES for name in ("triton", "native", "chunk") if name in BACKENDS]
+    backends = ["native", "chunk"] if device == "cpu" else ["triton", "native", "chunk"]
+    found += [(rule, name) for rule in RULES for name in backends]
     if importlib.util.find_spec("fla") is not None and d_k <= fla.LARGEST_KEY:
         found += [(rule, "fla") for rule in RULES if rule != "sum"]
     return [run for run in found if not chosen or run[1] in chosen]
@@ -169,7 +170,7 @@ def time_scan(shape: tuple[int, ...], clock: Clock, limits: Limits, device: str,
     print(f"\n{b} x {h} x {length} x {d_k}/{d_v}", flush=True)
     size = b * h * length * (2 * d_k + 2 * d_v) * 2
     rows = []
-    for rule, name in runs(shape, chosen):
+    for rule, name in runs(shape, device, chosen):
         sets = [make_inputs(shape, device, name != "fla") for _ in range(clock.sets_of(size))]
 
         def forward(x: Inputs, rule: str = rule, name: str = name) -> Tensor:
