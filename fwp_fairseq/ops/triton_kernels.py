@@ -80,9 +80,12 @@ def _shares(logs, marks, last, o, ZEROS: tl.constexpr = 0, TRANSPOSED: tl.conste
 
 
 @triton.jit
-def _keep(sums, o, x, first):
-    """Add to a vector in memory. A sum that is wanted later only is done now, so that its terms leave the registers."""
-    tl.store(sums + o, x + tl.load(sums + o, mask=(o >= 0) & (first > 0), other=0.0))
+def _total(parts, o, PARTS: tl.constexpr, C: tl.constexpr):
+    """The sum of vectors in memory."""
+    total = tl.zeros([C], tl.float32)
+    for part in range(0, PARTS):
+        total += tl.load(parts + part * C + o)
+    return total
 
 
 @triton.jit
@@ -100,8 +103,8 @@ def _lower(x, o):
 
 
 @triton.jit
-def _invert(a, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + a)^-1 for a strictly lower triangular C x C: substitution in blocks of 16, which are then merged."""
+def _invert(a, TYPE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + a)^-1 for a strictly lower triangular C x C: substitution in blocks of 16, then products that merge them."""
     BLOCKS: tl.constexpr = C // 16
     block, o = tl.arange(0, BLOCKS), tl.arange(0, 16)
     diagonal = block[:, None, None, None] == block[None, None, :, None]
@@ -110,8 +113,8 @@ def _invert(a, C: tl.constexpr, PRECISION: tl.constexpr):
     # Row t becomes itself and its products with the rows before it, which are finished.
     factors = tl.permute(x, [0, 2, 1]) + unit
     for t in tl.static_range(2, 16):
-        factor = tl.sum(tl.where((o == t)[None, None, :], factors, 0.0), 2)
-        row = tl.sum(factor[:, :, None] * x, 1)
+        factor = tl.gather(factors, tl.full([BLOCKS, 16, 16], t, tl.int32), 2)
+        row = tl.sum(factor * x, 1)
         x = tl.where((o == t)[None, :, None], row[:, None, :], x)
     x += unit
     x = tl.reshape(tl.where(diagonal, x[:, :, None, :], 0.0), [C, C])
@@ -120,8 +123,10 @@ def _invert(a, C: tl.constexpr, PRECISION: tl.constexpr):
         if 16 << level < C:
             # Of two blocks beside each other on the diagonal, what is below the first.
             row, column = c[:, None] // (16 << level), c[None, :] // (16 << level)
-            below = tl.where((row % 2 == 1) & (column == row - 1), a, 0.0)
-            x -= tl.dot(tl.dot(x, below, input_precision=PRECISION), x, input_precision=PRECISION)
+            below = tl.where((row % 2 == 1) & (column == row - 1), a, 0.0).to(TYPE)
+            y = x.to(TYPE)
+            z = tl.dot(y, below, input_precision=PRECISION).to(TYPE)
+            x -= tl.dot(z, y, input_precision=PRECISION)
     return x
 
 
@@ -159,7 +164,8 @@ def prepare(
             overlap *= _share(log[:, None], mark[:, None], log[None, :], mark[None, :])
         erased = _gate(erase + b * e_b + h * e_h + first * e_t, o, e_t, count)
         overlap *= erased[:, None]
-        inverse = _invert(tl.where(o[:, None] > o[None, :], overlap, 0.0), C, PRECISION)
+        overlap = tl.where(o[:, None] > o[None, :], overlap, 0.0)
+        inverse = _invert(overlap, k.dtype.element_ty, C, PRECISION)
         tl.store(inverses + at * C * C + o[:, None] * C + o[None, :], inverse.to(inverses.dtype.element_ty))
         tl.store(spans + 3 * C + o, erased * from_start if decay is not None else erased)
 
@@ -308,7 +314,6 @@ def differentiate(
     v += b * v_b + h * v_h + first * v_t
     memories += at * DK * DV
     grad_memories += at * DK * DV
-    sums += at * 4 * C
     rows = n * L + first
     updates += rows * DV
     grad_updates += rows * DV
@@ -326,7 +331,11 @@ def differentiate(
         last = tl.load(marks + C - 1)
 
     # By pairs of tokens: dO U^T and G U^T, then what is read, erased and kept through them.
-    of_reads, of_keys, of_end, of_pairs = sums, sums + C, sums + 2 * C, sums + 3 * C
+    # Sums that are wanted at the end only go to memory, for each tile of features, so that their terms leave the
+    # registers.
+    PARTS: tl.constexpr = (DK + BK - 1) // BK
+    sums += at * (3 * PARTS + 1) * C
+    of_reads, of_keys, of_end, of_pairs = sums, sums + PARTS * C, sums + 2 * PARTS * C, sums + 3 * PARTS * C
     of_share = tl.zeros([C, C], tl.float32)
     if decay is not None:
         share = _shares(spans, marks, last, o, 1)
@@ -363,7 +372,7 @@ def differentiate(
             of_share -= erased[:, None] * pairs * overlap
             pairs = _cut(pairs, marks, last, o)
         pairs = tl.where(o[:, None] > o[None, :], pairs, 0.0)
-        _keep(of_pairs, o, tl.sum(pairs * overlap, 1), 0)
+        tl.store(of_pairs + o, tl.sum(pairs * overlap, 1))
         retrieved = (pairs * -erased[:, None]).to(k.dtype.element_ty)
     if decay is not None:
         of_share = of_share.to(k.dtype.element_ty)
@@ -371,7 +380,6 @@ def differentiate(
     # By tokens and features: products with the memories, and of pairs of tokens with keys and queries.
     of_memory = 0.0
     for feature in range(0, DK, BK):
-        tl.debug_barrier()
         f = feature + tl.arange(0, BK)
         keys = _load(k, o, f, k_t, count, DK)
         if grad_out is not None:
@@ -382,7 +390,7 @@ def differentiate(
                 grad = tl.dot(read, tl.trans(memory), grad, input_precision=PRECISION)
             queries = _load(q, o, f, q_t, count, DK)
             if decay is not None:
-                _keep(of_reads, o, tl.sum(queries * grad, 1), feature)
+                tl.store(of_reads + feature // BK * C + o, tl.sum(queries * grad, 1))
                 grad *= from_start[:, None]
             grad = tl.dot(scores, keys, grad, input_precision=PRECISION)
             _store(grad_q + rows * DK, o, f, DK, count, DK, grad)
@@ -395,7 +403,7 @@ def differentiate(
                 memory = _load(memories, f, j, DV, DK, DV)
                 of_memory += tl.sum(memory.to(tl.float32) * grad_memory.to(tl.float32))
         if decay is not None:
-            _keep(of_end, o, tl.sum(keys * grad, 1), feature)
+            tl.store(of_end + feature // BK * C + o, tl.sum(keys * grad, 1))
             grad *= to_end[:, None]
         if erase is not None:
             erasing = tl.zeros([C, BK], tl.float32)
@@ -403,7 +411,7 @@ def differentiate(
                 j = value + tl.arange(0, BV)
                 grad_update, memory = _load(grad_updates, o, j, DV, count, DV), _load(memories, f, j, DV, DK, DV)
                 erasing = tl.dot(grad_update, tl.trans(memory), erasing, input_precision=PRECISION)
-            _keep(of_keys, o, tl.sum(keys * erasing, 1), feature)
+            tl.store(of_keys + feature // BK * C + o, tl.sum(keys * erasing, 1))
             if decay is not None:
                 erasing *= from_start[:, None]
             grad -= erased[:, None] * erasing
@@ -413,7 +421,6 @@ def differentiate(
             grad = tl.dot(tl.trans(scores), queries, grad, input_precision=PRECISION)
         _store(grad_k + rows * DK, o, f, DK, count, DK, grad)
 
-    tl.debug_barrier()
     # By tokens and values.
     of_write = tl.zeros([C], tl.float32)
     for value in range(0, DV, BV):
@@ -425,8 +432,9 @@ def differentiate(
         _store(grad_v + rows * DV, o, j, DV, count, DV, grad)
     if write is not None:
         tl.store(grad_write + rows + o, of_write, mask=o < count)
+    tl.debug_barrier()  # before sums are read that other threads have written
     if erase is not None:
-        of_erase = tl.load(of_keys + o)
+        of_erase = _total(of_keys, o, PARTS, C)
         if decay is not None:
             of_erase *= from_start
         tl.store(grad_erase + rows + o, -of_erase - tl.load(of_pairs + o), mask=o < count)
@@ -436,11 +444,11 @@ def differentiate(
         log, mark = tl.load(spans + o), tl.load(marks + o)
         of_start = tl.where(o == C - 1, of_memory, 0.0)
         if grad_out is not None:
-            of_start += tl.load(of_reads + o)
+            of_start += _total(of_reads, o, PARTS, C)
         if erase is not None:
-            of_start -= erased * tl.load(of_keys + o)
+            of_start -= erased * _total(of_keys, o, PARTS, C)
         of_start *= _share(log, mark, 0.0, 0, 1)
-        of_last = tl.load(of_end + o) * _share(tl.load(spans + C - 1), last, log, mark, 1)
+        of_last = _total(of_end, o, PARTS, C) * _share(tl.load(spans + C - 1), last, log, mark, 1)
         mark, mark_before = mark >> 16, tl.load(marks + o - 1, mask=o > 0, other=0) >> 16
         after = (o[:, None] <= o[None, :]) & (mark[:, None] == mark[None, :])
         before = (o[:, None] > o[None, :]) & (mark_before[:, None] == mark[None, :])

@@ -48,8 +48,8 @@ def tiles(d_k: int, d_v: int, dtype: torch.dtype, decays: bool) -> Tiles:
         values=min(values, 64 if keys <= 64 else 4096 // keys),
         warps=4,
         stages=2 if keys <= 64 else 1,
-        keys=max(16, min(keys // 2, 32)) if decays else min(keys, 64),
-        columns=min(values, 32 if decays and keys > 64 else 64),
+        keys=min(keys, 32 if decays else 64),
+        columns=min(values, 32 if decays else 64),
     )
 
 
@@ -130,7 +130,8 @@ def _forward(
         if erase is not None or decay is not None:
             kernels.prepare[batch * heads * chunks,](
                 k, erase, decay, inverses, spans, marks,
-                heads, length, chunks, *_strides(k, erase, decay), **sizes, BK=cut.keys, num_warps=cut.warps,
+                heads, length, chunks, *_strides(k, erase, decay), **sizes, BK=cut.keys, num_stages=1,
+                num_warps=cut.warps,
             )  # fmt: skip
         kernels.advance[batch * heads * _ceil(d_v, cut.values),](
             q, k, v, write, *_if(erase, inverses), spans, *_if(decay, marks), initial_state,
@@ -199,7 +200,7 @@ def _backward(
     chunks = _ceil(length, cut.chunk)
     sizes = {"DK": d_k, "DV": d_v, "C": cut.chunk, "PRECISION": _precision(k.dtype)}
     grad_memories, grad_updates = torch.empty_like(memories), torch.empty_like(updates)
-    sums = k.new_empty((batch * heads * chunks, 4, cut.chunk), dtype=torch.float32)
+    sums = k.new_empty((batch * heads * chunks, 3 * _ceil(d_k, cut.keys) + 1, cut.chunk), dtype=torch.float32)
     with torch.cuda.device_of(k):
         kernels.retreat[batch * heads * _ceil(d_v, cut.values),](
             q, k, *_if(erase, inverses), spans, *_if(decay, marks), grad_out,
@@ -212,7 +213,7 @@ def _backward(
             q, k, v, write, erase, decay, spans, marks, memories, updates, grad_out, grad_memories, grad_updates,
             *grads[:-1], sums,
             heads, length, chunks, *_strides(q, k, v, write, erase, decay, grad_out), **sizes, BK=cut.keys,
-            BV=cut.columns, num_stages=cut.stages, num_warps=cut.warps,
+            BV=cut.columns, num_stages=1, num_warps=cut.warps,
         )  # fmt: skip
     return grads
 
