@@ -30,7 +30,7 @@ TENSOR_CORES = ("wgmma.mma_async", "mma.sync", "tcgen05.mma")
 SHARED_MEMORY = 99 * 1024
 # Bytes for each thread, of addresses mostly, where smaller tiles would have more to load.
 SPILLS = {
-    (90, "retreat", 256, "delta"): 128,
+    (90, "retreat", 256, "delta"): 256,
     (80, "advance", 64, "gated-delta"): 256,
     (80, "retreat", 64, "gated-delta"): 128,
 }
