@@ -83,7 +83,7 @@ def _shares(logs, marks, last, o, ZEROS: tl.constexpr = 0, TRANSPOSED: tl.conste
 def _total(parts, o, PARTS: tl.constexpr, C: tl.constexpr):
     """The sum of vectors in memory."""
     total = tl.zeros([C], tl.float32)
-    for part in range(0, PARTS):
+    for part in range(PARTS):
         total += tl.load(parts + part * C + o)
     return total
 
