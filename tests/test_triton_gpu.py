@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or not triton_scan.supports("cuda"), reason="needs a GPU, from Ampere on, and Triton"
 )
 
-TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 types = pytest.mark.parametrize("dtype", TOLERANCES)
 # Which of write, erase and decay there are.
 uses_of_gates = pytest.mark.parametrize("uses", list(product((False, True), repeat=3)))

@@ -341,6 +341,8 @@ class Graph:
                 try:
                     function()
                 finally:
+                    # Should it fail, its pool is of no use any more.
+                    self._last.pop(self._stream, None)
                     self._graph.capture_end()
             self._last[self._stream] = self._graph
 

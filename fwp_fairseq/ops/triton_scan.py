@@ -45,9 +45,9 @@ def tiles(d_k: int, d_v: int, dtype: torch.dtype, decays: bool) -> Tiles:
         return Tiles(16, min(values, 32), 4, 1, min(keys, 32), min(values, 32))
     return Tiles(
         chunk=64 if keys > 16 else 32,
-        values=min(values, 64 if keys <= 64 else max(16, (2048 if decays else 4096) // keys)),
+        values=min(values, 64 if keys <= 64 else 16),
         warps=4,
-        stages=2 if keys <= 64 else 1,
+        stages=2,
         keys=max(16, min(keys // 2, 32)) if decays else min(keys, 64),
         columns=min(values, 32 if decays else 64),
     )
