@@ -259,14 +259,11 @@ def retreat(
         first, at = tl.cast(i, tl.int64) * C, n * N + i
         count = L - i * C
         keys = _load(k + first * k_t, o, f, k_t, count, DK)
-        if inverses is not None:
-            inverse = tl.load(inverses + at * C * C + o[:, None] * C + o[None, :])
         if marks is not None:
             from_start, to_end = tl.load(spans + at * 4 * C + C + o), tl.load(spans + at * 4 * C + 2 * C + o)
             whole, last = tl.load(spans + at * 4 * C + 2 * C - 1), tl.load(marks + at * C + C - 1)
         if grad_out is not None:
             queries = _load(q + first * q_t, o, f, q_t, count, DK)
-            read = _load(grad_out + first * o_t, o, j, o_t, count, DV)
             scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)  # transposed
             if marks is not None:
                 scores *= _shares(spans + at * 4 * C, marks + at * C, last, o, 0, True)
@@ -278,6 +275,7 @@ def retreat(
         if marks is not None:
             grad *= whole
         if grad_out is not None:
+            read = _load(grad_out + first * o_t, o, j, o_t, count, DV)
             weighted = read
             if marks is not None:
                 weighted = (read * from_start[:, None]).to(keys.dtype)
@@ -288,6 +286,7 @@ def retreat(
         if grad_out is not None:
             update = tl.dot(scores, read, update, input_precision=PRECISION)
         if inverses is not None:
+            inverse = tl.load(inverses + at * C * C + o[:, None] * C + o[None, :])
             update = tl.dot(tl.trans(inverse), update.to(keys.dtype), input_precision=PRECISION)
             old = tl.load(spans + at * 4 * C + 3 * C + o)
             retrieved = (update * -old[:, None]).to(keys.dtype)
