@@ -55,10 +55,10 @@ def launches(
     q, k, v = (torch.empty(1, sequences, 192, size, dtype=dtype) for size in (d_k, d_k, d_v))
     gate, state = torch.empty(1, sequences, 192), torch.empty(1, sequences, d_k, d_v)
     inputs = (q, k, v, gate, gate if erases else None, gate if decays else None, state)
-    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
-    out, final, *kept = triton_scan._forward(*inputs, True)
-    triton_scan._backward(out, final, *inputs, *kept)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.runtime.jit.JITFunction, "run", run)
+        out, final, *kept = triton_scan._forward(*inputs, True)
+        triton_scan._backward(out, final, *inputs, *kept)
     return found
 
 

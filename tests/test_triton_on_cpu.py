@@ -5,6 +5,7 @@ Not in bfloat16, whose products the interpreter gets wrong. On a GPU: test_trito
 
 import importlib
 import sys
+from types import ModuleType
 from typing import Optional
 
 import pytest
@@ -21,16 +22,22 @@ TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3}
 types = pytest.mark.parametrize("dtype", TOLERANCES)
 
 
+def take_out_triton() -> dict[str, ModuleType]:
+    """Its modules, and that of the kernels, as far as they are written in Python."""
+    names = [n for n in sys.modules if n == KERNELS or (n + ".").startswith("triton.") and "._C" not in n]
+    return {name: sys.modules.pop(name) for name in names}
+
+
 @pytest.fixture(autouse=True, scope="module")
 def interpreted():
-    """The kernels for the interpreter, which Triton asks for when they are defined."""
+    """The kernels for the interpreter: Triton decides it for all functions, its own as well, where they are defined."""
+    usual = take_out_triton()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        patch.delitem(sys.modules, KERNELS, raising=False)
         importlib.import_module(KERNELS)
         yield
-    # Whoever comes next defines those for a GPU.
-    del sys.modules[KERNELS]
+    take_out_triton()
+    sys.modules.update(usual)
 
 
 def check(inputs: Inputs, tolerance: Optional[float] = None) -> dict[str, Tensor]:

@@ -165,7 +165,7 @@ def _forward_shapes(
     initial_state: Optional[Tensor],
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    """Read-outs and the final memory; T and P, as logarithms and marks; W0 and U, which only a backward pass needs."""
+    """Read-outs, the final memory, T, spans and marks, and with ``keep`` what a backward pass needs as well: W0, U."""
     batch, heads, length, d_k = k.shape
     d_v = v.size(3)
     chunk = chunk_size(d_k, k.dtype)
