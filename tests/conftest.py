@@ -37,7 +37,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 # In the order of their time, for --dist loadfile --no-loadscope-reorder: two processes then end at about the same time.
 LONGEST_FILES = (
-    *("cuda_on_cpu", "wikitext103_recipe", "cuda_compile", "precision_options", "streaming", "package"),
+    *("cuda_on_cpu", "wikitext103_recipe", "triton_compile", "triton_on_cpu", "cuda_compile", "precision_options"),
+    *("streaming", "package"),
     *("as_fairseq_binaries", "models", "ops_contract", "end_to_end", "ui_strings_recipe", "native", "ops_transforms"),
     *("wmt14_recipe", "good_citizen", "concurrency", "mends", "resuming", "saving", "damaged_files", "checkpoints"),
 )

@@ -42,7 +42,9 @@ def cache(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(compiled / "triton"))
 
 
-def launches(monkeypatch: pytest.MonkeyPatch, d_k: int, d_v: int, dtype: torch.dtype, rule: str) -> list[Any]:
+def launches(
+    monkeypatch: pytest.MonkeyPatch, sequences: int, d_k: int, d_v: int, dtype: torch.dtype, rule: str
+) -> list[Any]:
     """The kernels that a training step launches, each with its arguments by name."""
     found = []
 
@@ -50,13 +52,13 @@ def launches(monkeypatch: pytest.MonkeyPatch, d_k: int, d_v: int, dtype: torch.d
         found.append((kernel, {**dict(zip(kernel.arg_names, args)), **options}))
 
     erases, decays = RULES[rule]
-    q, k = (torch.zeros(2, 4, 192, d_k, dtype=dtype) for _ in range(2))
-    v, gate, state = torch.zeros(2, 4, 192, d_v, dtype=dtype), torch.zeros(2, 4, 192), torch.zeros(2, 4, d_k, d_v)
+    q, k, v = (torch.empty(1, sequences, 192, size, dtype=dtype) for size in (d_k, d_k, d_v))
+    gate, state = torch.empty(1, sequences, 192), torch.empty(1, sequences, d_k, d_v)
     inputs = (q, k, v, gate, gate if erases else None, gate if decays else None, state)
-    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
-    out, final, *kept = triton_scan._forward(*inputs, True)
-    triton_scan._backward(out, final, *inputs, *kept)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.runtime.jit.JITFunction, "run", run)
+        out, final, *kept = triton_scan._forward(*inputs, True)
+        triton_scan._backward(out, final, *inputs, *kept)
     return found
 
 
@@ -84,24 +86,26 @@ def compile_for(architecture: int, kernel: Any, given: dict[str, Any]) -> tuple[
 
 
 @pytest.mark.parametrize(
-    "architecture, d_k, d_v, dtype, rule",
+    "architecture, sequences, d_k, d_v, dtype, rule",
     [
-        *((90, d_k, d_v, torch.bfloat16, "gated-delta") for d_k, d_v in [(16, 16), (32, 32), (64, 64), (128, 64)]),
-        *((90, d_k, 64, torch.bfloat16, "delta") for d_k in (64, 128, 256)),
-        *((90, 64, 64, torch.bfloat16, rule) for rule in ("sum", "gated")),
-        (90, 64, 64, torch.float16, "gated-delta"),
-        *((architecture, 64, 64, torch.float32, "gated-delta") for architecture in (80, 90, 100)),
-        *((architecture, 64, 64, torch.bfloat16, "gated-delta") for architecture in (80, 100)),
+        *((90, 256, d_k, d_v, torch.bfloat16, "gated-delta") for d_k, d_v in [(16, 16), (32, 32), (64, 64), (128, 64)]),
+        *((90, 256, d_k, 64, torch.bfloat16, "delta") for d_k in (64, 128, 256)),
+        *((90, 256, 64, 64, torch.bfloat16, rule) for rule in ("sum", "gated")),
+        (90, 64, 64, 64, torch.float16, "gated-delta"),
+        *((architecture, 256, 64, 64, torch.float32, "gated-delta") for architecture in (80, 90, 100)),
+        *((architecture, 256, 64, 64, torch.bfloat16, "gated-delta") for architecture in (80, 100)),
     ],
 )
-def test_kernels_use_tensor_cores_and_do_not_spill(architecture, d_k, d_v, dtype, rule, monkeypatch):
-    found = launches(monkeypatch, d_k, d_v, dtype, rule)
+def test_kernels_use_tensor_cores_and_do_not_spill(architecture, sequences, d_k, d_v, dtype, rule, monkeypatch):
+    found = launches(monkeypatch, sequences, d_k, d_v, dtype, rule)
     names = [kernel.__name__ for kernel, _ in found]
     assert names == ["prepare", "advance", "retreat", "differentiate"][rule == "sum" :]
     for name, (kernel, given) in zip(names, found):
         resources, code = compile_for(architecture, kernel, given)
         instructions = {kind: len(re.findall(kind, code["ptx"])) for kind in TENSOR_CORES}
-        print(f"sm_{architecture} {d_k}/{d_v} {TYPES[dtype]} {rule:<11} {name:<14}", resources, instructions)
+        print(
+            f"sm_{architecture} {sequences} x {d_k}/{d_v} {TYPES[dtype]} {rule:<11} {name:<14}", resources, instructions
+        )
         assert resources["SHARED"] <= SHARED_MEMORY
         assert sum(instructions.values()) > 0 or (name == "prepare" and rule == "gated")
         spilled = resources["STACK"] + resources["LOCAL"]

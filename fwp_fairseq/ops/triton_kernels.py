@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 """The recurrence of fast weights on a GPU's tensor cores, forward and backward. ``triton_scan`` calls it.
 
-Mathematics and names are those of ``csrc/fast_weights_cpu_kernels.h``, with chunks of C = 32 or 64 tokens. Over a chunk
-that starts from the memory W0, with P[t,s] = decay_{s+1} ... decay_t (0 for s > t), g_t = decay_1 ... decay_t and
+Mathematics and names are those of ``csrc/fast_weights_cpu_kernels.h``, with chunks of C = 16, 32 or 64 tokens. Over a
+chunk that starts from the memory W0, with P[t,s] = decay_{s+1} ... decay_t (0 for s > t), g_t = decay_1 ... decay_t and
 p_s = P[C,s]:
 
     S = P o Q K^T with the diagonal,  A = P o K K^T without it,  T = (I + diag(erase) A)^-1
@@ -22,8 +22,12 @@ those of memories. What is left goes from chunk to chunk, ``advance`` forward an
 sequence, head and tile of values alone, with the memory in registers. They leave what ``differentiate`` needs: W0, U,
 dW1 and G, in the type of the inputs.
 
-P is made of sums of logarithms, with zeros and signs apart (``_share``): no quotient, so that a decay of zero is exact.
-Tensors that are not of the inputs are contiguous, with whole chunks, so that they need no masks.
+P is the exponential of differences of sums of logarithms, with zeros and signs counted apart, so that a decay of zero
+forgets everything and has its gradient. It is never stored: ``spans`` has for each chunk these sums, g, p, and what the
+keys erase of W0, erase g; ``marks`` has the counts.
+
+Tokens after the last one have keys, values, queries and gates of zero and a decay of one, which change nothing. An
+argument that is None is one that there is not: a program is compiled without it.
 """
 
 import triton
@@ -37,7 +41,7 @@ _NUMBERS = ["H", "L", "N", *(f"{gate}_{stride}" for gate in "wed" for stride in 
 
 @triton.jit
 def _load(pointer, rows, columns, stride, count, width):
-    """A tile of a sequence, zero where it has no token or feature."""
+    """A tile, zero where there is no row or column."""
     inside = (rows < count)[:, None] & (columns < width)[None, :]
     return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
 
@@ -66,12 +70,12 @@ def _share(log, mark, log_before, mark_before, ZEROS: tl.constexpr = 0):
 
 
 @triton.jit
-def _shares(logs, marks, last, o, ZEROS: tl.constexpr = 0, TRANSPOSED: tl.constexpr = False):
-    """P of a chunk. ``last``: the mark of its last token."""
-    log = tl.load(logs + o)
+def _shares(spans, marks, last, o, ZEROS: tl.constexpr = 0, TRANSPOSED: tl.constexpr = False):
+    """P of a chunk, or its transpose. ``last``: the mark of its last token."""
+    log = tl.load(spans + o)
     difference = log[None, :] - log[:, None] if TRANSPOSED else log[:, None] - log[None, :]
     share = tl.exp2(difference)
-    if last != 0:
+    if last != 0:  # seldom
         mark = tl.load(marks + o)
         share = tl.where((mark[:, None] ^ mark[None, :]) % 2 == 1, -share, share)
         zeros = (mark >> 16)[None, :] - (mark >> 16)[:, None]
@@ -95,11 +99,6 @@ def _cut(x, marks, last, o):
         zeros = tl.load(marks + o) >> 16
         x = tl.where(zeros[:, None] == zeros[None, :], x, 0.0)
     return x
-
-
-@triton.jit
-def _lower(x, o):
-    return tl.where(o[:, None] >= o[None, :], x, 0.0)
 
 
 @triton.jit
@@ -136,7 +135,7 @@ def prepare(
     H, L, N, k_b, k_h, k_t, e_b, e_h, e_t, d_b, d_h, d_t,
     DK: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """T, and the logarithms and marks of decays: a program for each sequence, head and chunk."""
+    """T, spans and marks: a program for each sequence, head and chunk."""
     at = tl.program_id(0).to(tl.int64)
     b, h, first = at // N // H, at // N % H, at % N * C
     o = tl.arange(0, C)
@@ -197,6 +196,8 @@ def advance(
         count = L - i * C
         keys = _load(k + first * k_t, o, f, k_t, count, DK)
         update = _load(v + first * v_t, o, j, v_t, count, DV).to(tl.float32)
+        if inverses is not None:
+            inverse = tl.load(inverses + at * C * C + o[:, None] * C + o[None, :])
         held = memory.to(keys.dtype)
         if memories is not None:
             _store(memories + at * DK * DV, f, j, DV, DK, DV, held)
@@ -208,7 +209,6 @@ def advance(
         if inverses is not None:
             old = tl.load(spans + at * 4 * C + 3 * C + o)
             update -= old[:, None] * tl.dot(keys, held, input_precision=PRECISION)
-            inverse = tl.load(inverses + at * C * C + o[:, None] * C + o[None, :])
             update = tl.dot(inverse, update.to(keys.dtype), input_precision=PRECISION)
         written = update.to(keys.dtype)
         if updates is not None:
@@ -330,12 +330,13 @@ def differentiate(
         from_start, to_end = tl.load(spans + C + o), tl.load(spans + 2 * C + o)
         last = tl.load(marks + C - 1)
 
-    # By pairs of tokens: dO U^T and G U^T, then what is read, erased and kept through them.
-    # Sums that are wanted at the end only go to memory, for each tile of features, so that their terms leave the
+    # Sums over features that are wanted at the end go to memory, for each tile of them: so their terms leave the
     # registers.
     PARTS: tl.constexpr = (DK + BK - 1) // BK
     sums += at * (3 * PARTS + 1) * C
     of_reads, of_keys, of_end, of_pairs = sums, sums + PARTS * C, sums + 2 * PARTS * C, sums + 3 * PARTS * C
+
+    # By pairs of tokens: dO U^T and G U^T, then what is read, erased and kept through them.
     of_share = tl.zeros([C, C], tl.float32)
     if decay is not None:
         share = _shares(spans, marks, last, o, 1)
@@ -355,7 +356,7 @@ def differentiate(
             of_share = pairs * overlap
             pairs = _cut(pairs, marks, last, o)
         else:
-            pairs = _lower(pairs, o)
+            pairs = tl.where(o[:, None] >= o[None, :], pairs, 0.0)
         scores = pairs.to(k.dtype.element_ty)
     if erase is not None:
         pairs = tl.zeros([C, C], tl.float32)

@@ -15,19 +15,19 @@ from fwp_fairseq.ops.torch_modes import NOT_TWICE, is_exported_for_any
 
 # Of keys, whose memories lie in registers.
 LARGEST_KEY = 256
+# As many as large GPUs have, or about.
+_MULTIPROCESSORS = 128
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Tiles(NamedTuple):
-    """How the work is cut. All sizes are powers of two, those of tiles 16 at least.
+    """How the work is cut. All sizes are powers of two, 16 at least.
 
-    chunk: tokens of a chunk.
     values: columns of a memory that a program takes through the chunks, with ``warps`` warps.
-    stages: how many chunks it has in shared memory, the one in work and those that are loaded meanwhile.
+    stages: chunks that it has in shared memory, the one in work among them.
     keys, columns: features and values that a program for the gradients of a chunk takes at a time.
     """
 
-    chunk: int
     values: int
     warps: int
     stages: int
@@ -35,22 +35,35 @@ class Tiles(NamedTuple):
     columns: int
 
 
-def tiles(d_k: int, d_v: int, dtype: torch.dtype, decays: bool) -> Tiles:
-    """The tiles for a head: as large as fits into registers, and at most 99 KiB of shared memory.
-
-    This is the one place that says so. To try others, put another function in its place.
-    """
-    keys, values = _power(d_k), _power(d_v)
+def chunk_size(d_k: int, dtype: torch.dtype) -> int:
+    """Tokens of a chunk."""
     if dtype == torch.float32:
-        return Tiles(16, min(values, 32), 4, 1, min(keys, 32), min(values, 32))
-    return Tiles(
-        chunk=64 if keys > 16 else 32,
-        values=min(values, 64 if keys <= 64 else 16),
-        warps=4,
-        stages=2,
-        keys=max(16, min(keys // 2, 32)) if decays else min(keys, 64),
-        columns=min(values, 32 if decays else 64),
-    )
+        return 16
+    return 64 if d_k > 16 else 32
+
+
+def tiles(k: Tensor, v: Tensor, decays: bool) -> Tiles:
+    """The largest tiles that fit into registers, and into the shared memory that a program can have.
+
+    With ``chunk_size`` the one place that says so. To try others, put another function in its place.
+    """
+    keys, values = _power(k.size(3)), _power(v.size(3))
+    if k.dtype == torch.float32:
+        return Tiles(min(values, 32), 4, 1, min(keys, 32), min(values, 32))
+    taken = min(values, 64 if keys <= 64 else max(16, (2048 if decays else 4096) // keys))
+    stages = 2 if keys <= 64 or _shared_memory(k) >= 163 * 1024 else 1
+    if keys <= 64 and k.size(0) * k.size(1) * _ceil(values, taken) < _MULTIPROCESSORS:
+        # More and smaller programs, of which each loads ahead, since it has a multiprocessor for itself.
+        taken, stages = min(taken, 32), 3
+    if not decays:
+        return Tiles(taken, 4, stages, min(keys, 64), min(values, 64))
+    return Tiles(taken, 4, stages, max(16, min(keys // 2, 32)), min(values, 32))
+
+
+def _shared_memory(x: Tensor) -> int:
+    """Bytes of it that a program can have: 99 KiB on the smallest GPUs."""
+    properties = torch.cuda.get_device_properties(x.device) if x.is_cuda else None
+    return getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
 
 
 def supports(device_type: str, d_k: int = 1, dtype: torch.dtype = torch.float32) -> bool:
@@ -123,9 +136,9 @@ def _forward(
     q, k, v = _rows(q), _rows(k), _rows(v)
     initial_state = None if initial_state is None else initial_state.contiguous()
     (batch, heads, length, d_k), d_v = k.shape, v.size(3)
-    cut = tiles(d_k, d_v, k.dtype, decay is not None)
-    chunks = _ceil(length, cut.chunk)
-    sizes = {"DK": d_k, "C": cut.chunk, "PRECISION": _precision(k.dtype)}
+    cut, chunk = tiles(k, v, decay is not None), chunk_size(d_k, k.dtype)
+    chunks = _ceil(length, chunk)
+    sizes = {"DK": d_k, "C": chunk, "PRECISION": _precision(k.dtype)}
     with torch.cuda.device_of(k):
         if erase is not None or decay is not None:
             kernels.prepare[batch * heads * chunks,](
@@ -152,10 +165,10 @@ def _forward_shapes(
     initial_state: Optional[Tensor],
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    """Read-outs and the final memory; T and P, as logarithms and marks; W0 and U, which only a backward pass needs."""
+    """Read-outs, the final memory, T, spans and marks, and with ``keep`` what a backward pass needs as well: W0, U."""
     batch, heads, length, d_k = k.shape
     d_v = v.size(3)
-    chunk = tiles(d_k, d_v, k.dtype, decay is not None).chunk
+    chunk = chunk_size(d_k, k.dtype)
     chunks = _ceil(length, chunk)
 
     def new(wanted: bool, *shape: int, dtype: torch.dtype = k.dtype) -> Tensor:
@@ -196,11 +209,11 @@ def _backward(
         grad_q.zero_()
     q, k, v, grad_out = _rows(q), _rows(k), _rows(v), _rows(grad_out)
     (batch, heads, length, d_k), d_v = k.shape, v.size(3)
-    cut = tiles(d_k, d_v, k.dtype, decay is not None)
-    chunks = _ceil(length, cut.chunk)
-    sizes = {"DK": d_k, "DV": d_v, "C": cut.chunk, "PRECISION": _precision(k.dtype)}
+    cut, chunk = tiles(k, v, decay is not None), chunk_size(d_k, k.dtype)
+    chunks = _ceil(length, chunk)
+    sizes = {"DK": d_k, "DV": d_v, "C": chunk, "PRECISION": _precision(k.dtype)}
     grad_memories, grad_updates = torch.empty_like(memories), torch.empty_like(updates)
-    sums = k.new_empty((batch * heads * chunks, 3 * _ceil(d_k, cut.keys) + 1, cut.chunk), dtype=torch.float32)
+    sums = k.new_empty((batch * heads * chunks, 3 * _ceil(d_k, cut.keys) + 1, chunk), dtype=torch.float32)
     with torch.cuda.device_of(k):
         kernels.retreat[batch * heads * _ceil(d_v, cut.values),](
             q, k, *_if(erase, inverses), spans, *_if(decay, marks), grad_out,
