@@ -195,6 +195,6 @@ def test_without_a_gpu_and_without_triton_it_says_so(monkeypatch):
     with pytest.raises(ValueError, match="backend is 'triton', which needs tensors on a GPU, these are on cpu"):
         fast_weight_scan(x, x, x, backend="triton")
     monkeypatch.setattr(triton_scan, "installed", False)
-    with pytest.raises(RuntimeError, match="backend is 'triton', but Triton is not installed"):
+    with pytest.raises(RuntimeError, match="backend is triton, but Triton is not installed"):
         fast_weight_scan(x, x, x, backend="triton")
     assert not triton_scan.supports("cuda")
