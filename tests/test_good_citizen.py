@@ -34,7 +34,7 @@ from torch import nn
 
 from fwp_fairseq.modules import FastWeightConfig
 from fwp_fairseq.modules.stages import STAGES
-from fwp_fairseq.ops import FEATURE_MAPS, UPDATE_RULES
+from fwp_fairseq.ops import FEATURE_MAPS, UPDATE_RULES, triton_scan
 from fwp_fairseq.ops.fast_weights import GPU_BACKENDS
 
 WORDS = dictionary(20)
@@ -408,6 +408,7 @@ def test_a_backend_for_a_gpu_is_refused_by_name_where_there_is_none(
     name: str, gpu: bool, flags: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(triton_scan, "installed", True)
     message = f"--fast-weight-backend is {name}, which needs a GPU, and {reason}"
     for build in (build_translation, build_lm):
         with pytest.raises(ValueError, match=message):
@@ -417,6 +418,13 @@ def test_a_backend_for_a_gpu_is_refused_by_name_where_there_is_none(
         build_from_namespace("associative_memory", RETRIEVAL, given)
     if gpu:
         build_translation("--fast-weight-backend", name)
+
+
+def test_a_backend_that_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton_scan, "installed", False)
+    with pytest.raises(ValueError, match="--fast-weight-backend is triton, but Triton is not installed"):
+        build_translation("--fast-weight-backend", "triton")
 
 
 @pytest.mark.parametrize(

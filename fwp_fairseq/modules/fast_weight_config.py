@@ -12,7 +12,16 @@ from omegaconf import II
 
 from fwp_fairseq.modules.places import CROSS_ATTENTION, ENCODER_SELF_ATTENTION, PLACES
 from fwp_fairseq.modules.stages import STAGES
-from fwp_fairseq.ops import BACKENDS, FEATURE_MAPS, KEY_NORMALIZATIONS, UPDATE_RULES, FeatureMap, Option, UpdateRule
+from fwp_fairseq.ops import (
+    BACKENDS,
+    FEATURE_MAPS,
+    KEY_NORMALIZATIONS,
+    UPDATE_RULES,
+    FeatureMap,
+    Option,
+    UpdateRule,
+    triton_scan,
+)
 from fwp_fairseq.ops.fast_weights import GPU_BACKENDS, choose_backend
 
 logger = logging.getLogger(__name__)
@@ -259,6 +268,8 @@ def check_backend(backend: str, rule: UpdateRule, cpu: bool = False) -> None:
             f"--fast-weight-backend is {backend}, which needs a GPU, and {why}: "
             "allowed are auto, native, chunk and loop"
         )
+    if backend == "triton" and not triton_scan.installed:
+        raise ValueError(f"--fast-weight-{triton_scan.NOT_INSTALLED}")
 
 
 def _check_choice(flag: str, value: object, allowed: Any) -> None:

@@ -17,6 +17,7 @@ from fwp_fairseq.ops.torch_modes import NOT_TWICE, is_exported_for_any
 LARGEST_KEY = 256
 # As many as large GPUs have, or about.
 _MULTIPROCESSORS = 128
+NOT_INSTALLED = "backend is triton, but Triton is not installed: torch's builds for CUDA bring it"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -108,7 +109,7 @@ def scan(
 
 def _check(k: Tensor, dtype: torch.dtype) -> None:
     if not installed:
-        raise RuntimeError("backend is 'triton', but Triton is not installed; torch's builds for CUDA bring it")
+        raise RuntimeError(NOT_INSTALLED)
     if k.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"backend is 'triton', which needs tensors on a GPU, these are on {k.device.type}")
     if dtype == torch.float64:
