@@ -5,7 +5,7 @@ Not in bfloat16, whose products the interpreter gets wrong. On a GPU: test_trito
 
 import importlib
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Optional
 
 import numpy
@@ -77,6 +77,16 @@ def test_any_length_and_any_size_of_heads(dtype, shape):
     inputs = make_inputs(shape, (True, True, True), dtype)
     inputs["q"] = inputs["q"] * 8 / shape[3]  # so that read-outs are not much larger than one
     check(inputs)
+
+
+@pytest.mark.parametrize(
+    "dtype, shape",
+    [(torch.float16, (1, 1, 70, 20, 40)), (torch.float16, (1, 1, 35, 70, 20)), (torch.float32, (1, 1, 20, 20, 20))],
+)
+def test_tiles_of_two_warps(dtype, shape, monkeypatch):
+    """As for a Hopper whose assembler is not sound."""
+    monkeypatch.setattr(triton_scan, "warpgroups_are_sound", lambda device: False)
+    check(make_inputs(shape, (True, True, True), dtype), 2 * TOLERANCES[dtype])  # memories are rounded more often
 
 
 @types
@@ -175,6 +185,23 @@ def test_the_operators_keep_torchs_rules_for_operators():
         inputs = make_inputs((1, 2, 19, 5, 4), uses, torch.float32)
         arguments = [None if x is None else x.requires_grad_() for x in inputs.values()]
         torch.library.opcheck(torch.ops.fwp_fairseq.triton_scan.default, (*arguments, True))
+
+
+@pytest.mark.parametrize(
+    "version, sound", [("release 12.8, V12.8.93", False), ("release 13.0, V13.0.88", False), ("release 13.3, V", True)]
+)
+def test_products_by_four_warps_need_a_sound_assembler_on_hopper(version, sound, monkeypatch):
+    compiler = ModuleType("compiler")
+    compiler.get_ptxas_version = lambda architecture: f"ptxas: NVIDIA\nCuda compilation tools, {version}"
+    monkeypatch.setitem(sys.modules, "triton.backends.nvidia.compiler", compiler)
+    gpus = {"cuda:0": (9, 0), "cuda:1": (8, 0), "cuda:2": (10, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=gpus[str(device)][0]))
+    triton_scan._assembler.cache_clear()
+    try:
+        assert [triton_scan.warpgroups_are_sound(torch.device(name)) for name in gpus] == [sound, True, True]
+    finally:
+        triton_scan._assembler.cache_clear()
+    assert triton_scan.warpgroups_are_sound(torch.device("cpu"))
 
 
 def test_a_second_derivative_is_refused_in_words():

@@ -4,8 +4,11 @@ Triton comes with torch's builds for CUDA. It compiles the kernels when they are
 is not imported before that.
 """
 
+import functools
+import importlib
 import importlib.util
 import os
+import re
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -36,11 +39,13 @@ class Tiles(NamedTuple):
     columns: int
 
 
-def chunk_size(d_k: int, dtype: torch.dtype) -> int:
+def chunk_size(k: Tensor) -> int:
     """Tokens of a chunk."""
-    if dtype == torch.float32:
+    if k.dtype == torch.float32:
         return 16
-    return 64 if d_k > 16 else 32
+    if warpgroups_are_sound(k.device):
+        return 64 if k.size(3) > 16 else 32
+    return 32 if k.size(3) <= 64 else 16
 
 
 def tiles(k: Tensor, v: Tensor, decays: bool) -> Tiles:
@@ -49,8 +54,14 @@ def tiles(k: Tensor, v: Tensor, decays: bool) -> Tiles:
     With ``chunk_size`` the one place that says so. To try others, put another function in its place.
     """
     keys, values = _power(k.size(3)), _power(v.size(3))
+    if not warpgroups_are_sound(k.device):
+        # With two warps there is no group of four: products are those of the tensor cores before Hopper.
+        few = 32 if k.dtype != torch.float32 and keys <= 64 else 16
+        return Tiles(min(values, few), 2, 1 if k.dtype == torch.float32 else 2, min(keys, 32), min(values, 32))
     if k.dtype == torch.float32:
         return Tiles(min(values, 32), 4, 1, min(keys, 32), min(values, 32))
+    if keys == 16:
+        return Tiles(min(values, 16), 2, 2, 16, min(values, 32))
     taken = min(values, 64 if keys <= 64 else max(16, (2048 if decays else 4096) // keys))
     stages = 2 if keys <= 64 or _shared_memory(k) >= 163 * 1024 else 1
     if keys <= 64 and k.size(0) * k.size(1) * _ceil(values, taken) < _MULTIPROCESSORS:
@@ -59,6 +70,25 @@ def tiles(k: Tensor, v: Tensor, decays: bool) -> Tiles:
     if not decays:
         return Tiles(taken, 4, stages, min(keys, 64), min(values, 64))
     return Tiles(taken, 4, stages, max(16, min(keys // 2, 32)), min(values, 32))
+
+
+def warpgroups_are_sound(device: torch.device) -> bool:
+    """Whether products by four warps, which Hopper has, can be used; elsewhere there are none.
+
+    The assembler (ptxas) before CUDA 13.3 reuses registers that such a product still reads, and an H100 stopped with
+    illegal memory accesses, with some kernels, now and then. Triton 3.6 brings that of CUDA 12.8; TRITON_PTXAS_PATH
+    names another.
+    """
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_properties(device).major == 9
+    return not is_hopper or _assembler() >= (13, 3)
+
+
+@functools.cache
+def _assembler() -> tuple[int, ...]:
+    """The version of CUDA that Triton's assembler for Hopper is of."""
+    compiler: Any = importlib.import_module("triton.backends.nvidia.compiler")
+    found = re.search(r"release (\d+)\.(\d+)", str(compiler.get_ptxas_version(90)))
+    return (0,) if found is None else tuple(int(number) for number in found.groups())
 
 
 def _shared_memory(x: Tensor) -> int:
@@ -71,10 +101,12 @@ def supports(device_type: str, d_k: int = 1, dtype: torch.dtype = torch.float32)
     """Whether there are kernels for a kind of device, for keys of ``d_k`` features and a state of type ``dtype``."""
     if device_type != "cuda" or torch.version.cuda is None or not installed:
         return False
-    if d_k > LARGEST_KEY or dtype == torch.float64:
+    device = torch.device("cuda", torch.cuda.current_device())
+    # By two warps, memories of more than 128 rows do not fit into registers.
+    if dtype == torch.float64 or d_k > (LARGEST_KEY if warpgroups_are_sound(device) else 128):
         return False
     # From Ampere on tensor cores take bfloat16 and tf32.
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).major >= 8
+    return torch.cuda.get_device_properties(device).major >= 8
 
 
 def scan(
@@ -137,7 +169,7 @@ def _forward(
     q, k, v = _rows(q), _rows(k), _rows(v)
     initial_state = None if initial_state is None else initial_state.contiguous()
     (batch, heads, length, d_k), d_v = k.shape, v.size(3)
-    cut, chunk = tiles(k, v, decay is not None), chunk_size(d_k, k.dtype)
+    cut, chunk = tiles(k, v, decay is not None), chunk_size(k)
     chunks = _ceil(length, chunk)
     sizes = {"DK": d_k, "C": chunk, "PRECISION": _precision(k.dtype)}
     with torch.cuda.device_of(k):
@@ -169,7 +201,7 @@ def _forward_shapes(
     """Read-outs, the final memory, T, spans and marks, and with ``keep`` what a backward pass needs as well: W0, U."""
     batch, heads, length, d_k = k.shape
     d_v = v.size(3)
-    chunk = chunk_size(d_k, k.dtype)
+    chunk = chunk_size(k)
     chunks = _ceil(length, chunk)
 
     def new(wanted: bool, *shape: int, dtype: torch.dtype = k.dtype) -> Tensor:
@@ -210,7 +242,7 @@ def _backward(
         grad_q.zero_()
     q, k, v, grad_out = _rows(q), _rows(k), _rows(v), _rows(grad_out)
     (batch, heads, length, d_k), d_v = k.shape, v.size(3)
-    cut, chunk = tiles(k, v, decay is not None), chunk_size(d_k, k.dtype)
+    cut, chunk = tiles(k, v, decay is not None), chunk_size(k)
     chunks = _ceil(length, chunk)
     sizes = {"DK": d_k, "DV": d_v, "C": chunk, "PRECISION": _precision(k.dtype)}
     grad_memories, grad_updates = torch.empty_like(memories), torch.empty_like(updates)
