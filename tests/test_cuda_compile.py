@@ -25,10 +25,10 @@ pytestmark = pytest.mark.skipif(TOOLKIT is None, reason="needs a CUDA toolkit, f
 
 
 def architectures() -> list[str]:
-    """The oldest that this nvcc knows, the newest, and those of A100, A10 and H100."""
+    """The oldest that this nvcc knows, the newest, and that of H100, on which they have run."""
     known = subprocess.check_output([str(NVCC), "--list-gpu-arch"], text=True)
     numbers = sorted({int(n) for n in re.findall(r"compute_(\d+)", known)})
-    return [str(n) for n in numbers if n in (numbers[0], 80, 86, 90, numbers[-1])]
+    return [str(n) for n in numbers if n in (numbers[0], 90, numbers[-1])]
 
 
 def test_no_kernel_spills_registers_or_uses_local_memory(tmp_path, compiled):
