@@ -15,6 +15,7 @@ from typing import Any, Optional
 
 LOWEST_OPSET = 18
 _LANGUAGE_TASKS = ("language_modeling", "fwp_language_modeling", "streaming_language_modeling")
+_EXPORTED = ("fwp_transformer", "fwp_transformer_align", "fwp_transformer_lm")
 _TRANSLATION_TASKS = ("translation", "fwp_translation")
 
 
@@ -77,9 +78,9 @@ def load_model(path: Path, data: Optional[Path] = None, **languages: Optional[st
         architecture, _ = cfg.model._name, state["model"]
     except (LookupError, AttributeError, TypeError):
         raise ValueError(f"{path} is no checkpoint of fairseq") from None
-    if ARCH_MODEL_NAME_REGISTRY.get(architecture, architecture) not in ("fwp_transformer", "fwp_transformer_lm"):
+    if ARCH_MODEL_NAME_REGISTRY.get(architecture, architecture) not in _EXPORTED:
         raise ValueError(
-            f"{path} has the architecture {architecture}, exported are fwp_transformer and fwp_transformer_lm"
+            f"{path} has the architecture {architecture}, exported are {', '.join(_EXPORTED)} and those of their sizes"
         )
     if cfg.task._name not in (*_TRANSLATION_TASKS, *_LANGUAGE_TASKS):
         raise ValueError(f"{path} has the task {cfg.task._name}, exported are translation and language modelling")
