@@ -270,7 +270,8 @@ def test_hydra_gives_the_models_and_settings_of_the_shell(prepared: Path, size: 
     import fwp_fairseq.models  # noqa: F401
 
     hydra_init(size)
-    for row in ROWS:
+    # What a row adds is the same for both sizes.
+    for row in ROWS if size == "small" else ROWS[::4]:
         flags = ["data", "--required-batch-size-multiple", "1", "--no-epoch-checkpoints"]
         flags += ["--log-format", "simple", "--log-interval", "200", *flags_of(prepared, row, "--size", size)]
         args: Namespace = options.parse_args_and_arch(options.get_training_parser(), flags)
