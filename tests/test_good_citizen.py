@@ -349,7 +349,8 @@ def warned(caplog: Any) -> list[str]:
 
 
 def test_every_option_of_fast_weights_is_tried() -> None:
-    assert {*CHANGES, "fast_weight_backend", "log_memory", "cpu", "_name"} == set(FastWeightConfig.__dataclass_fields__)
+    of_computing = {"fast_weight_backend", "decoding_weights", "log_memory", "cpu", "_name"}
+    assert {*CHANGES, *of_computing} == set(FastWeightConfig.__dataclass_fields__)
 
 
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)

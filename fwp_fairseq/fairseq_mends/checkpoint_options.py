@@ -57,7 +57,7 @@ def fast_weight_flags(options: Mapping[str, Any]) -> dict[str, str]:
     flags = {place.replace("_", "-"): "fast-weight" if place in places else "softmax" for place in PLACES}
     config = FastWeightConfig.from_args(namespace)
     # These change how it is computed, or what is said of it.
-    ignored = {"_name", "cpu", "fast_weight_backend", "log_memory", *config.without_effect(places)}
+    ignored = {"_name", "cpu", "fast_weight_backend", "decoding_weights", "log_memory", *config.without_effect(places)}
     # Those of every model first: what a map or a rule has follows from these.
     for name in sorted((option.name for option in fields(config)), key=lambda name: name in OWNERS_OF_CHOICES):
         if name not in ignored:
@@ -66,7 +66,10 @@ def fast_weight_flags(options: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_options(state: Any, name: str) -> None:
-    """Raise ValueError if a loaded checkpoint was trained with other fast weights than the model that takes it has."""
+    """Raise ValueError if a loaded checkpoint was trained with other fast weights than the model that takes it has.
+
+    Options that are to be overridden, and that it lacks, are added to it.
+    """
     if not isinstance(state, dict):
         return
     config = state.get("cfg")
@@ -83,6 +86,11 @@ def check_options(state: Any, name: str) -> None:
                 f"{name} was trained with --{flag} {before.get(flag, '(not in use)')}, and this model has --{flag} "
                 f"{now.get(flag, '(not in use)')}: give it the flags of its training."
             )
+    # fairseq overrides what a checkpoint has, and one of an earlier version lacks what there is to choose since.
+    if isinstance(config, Mapping) and isinstance(config.get("model"), dict):
+        for option in fields(FastWeightConfig):
+            if option.name in (_overrides.get() or {}):
+                config["model"].setdefault(option.name, option.default)
 
 
 def install() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fwp_fairseq.models.captured_step import CapturesSteps
 from fwp_fairseq.models.memory_log import LogsMemory
 from fwp_fairseq.models.options import complete_pruning, name_dropout, plain_options
+from fwp_fairseq.modules import int8_linear
 from fwp_fairseq.modules.carried_state import CarriesState, IncrementalState, InThread
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
@@ -230,7 +231,22 @@ class FWPTransformerDecoder(CapturesSteps, CarriesState, TransformerDecoderBase)
 
     def make_generation_fast_(self, **kwargs: Any) -> None:
         """fairseq calls this of every module of a model that is going to generate."""
-        use_few_rows_linear(self)
+        use_few_rows_linear(self, int8=self._is_for_int8())
+
+    def _is_for_int8(self) -> bool:
+        """Whether --decoding-weights asks for it. Raises ValueError if this torch cannot do it."""
+        if str(self.cfg.fast_weights.decoding_weights) != "int8":
+            return False
+        if not int8_linear.is_there():
+            raise ValueError("--decoding-weights is int8, and this torch has no oneDNN for it: allowed is float32")
+        weight = next(self.parameters())
+        if weight.device.type != "cpu" or weight.dtype != torch.float32:
+            logger.warning(
+                "--decoding-weights int8 has no effect on %s in %s: it is for float32 on a processor",
+                weight.device.type,
+                str(weight.dtype).removeprefix("torch."),
+            )
+        return True
 
     def reorder_incremental_state_scripting(self, incremental_state: Any, new_order: Tensor) -> None:
         """As fairseq's, which for every token looks through all modules for those that have a state."""

@@ -102,6 +102,10 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
     fast_weight_backend: ChoiceEnum(["auto", *BACKENDS]) = field(  # type: ignore[valid-type]
         default="auto", metadata={"help": "implementation of the fast-weight recurrence in training"}
     )
+    decoding_weights: ChoiceEnum(["float32", "int8"]) = field(  # type: ignore[valid-type]
+        default="float32",
+        metadata={"help": "products of the decoder's linear layers in generation on a processor: int8 is quicker"},
+    )
     log_memory: int = field(
         default=0,
         metadata={"help": "log write strengths, decays, norm and rank of the memories every so many updates; 0: never"},
@@ -154,6 +158,8 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
             reason = self._why_without_effect(prefix, name, places)
             if reason is not None:
                 reasons[prefix + name] = reason
+        if set(places) == {ENCODER_SELF_ATTENTION}:
+            reasons["decoding_weights"] = "the decoder has no fast weights"
         in_use = [self.for_place(place) for place in PLACES if place in places]
         reasons.update(_of_others("feature map", FEATURE_MAPS.values(), {config.map.name for config in in_use}))
         reasons.update(_of_others("update rule", UPDATE_RULES.values(), {config.rule.name for config in in_use}))

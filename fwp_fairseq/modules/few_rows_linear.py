@@ -4,7 +4,8 @@ Then all the time goes into reading the weights. torch multiplies one row with o
 spends most of the time on arranging the large transposed W of x Wᵀ. The compiled operator reads W once, with all
 threads; without it (W xᵀ)ᵀ has a small matrix to arrange. recipes/benchmark/step.py measures them.
 
-Nothing is kept of a layer: every call looks at what it is and at the weights that it has.
+Nothing is kept of a layer but its weights as 8-bit integers, if these are wanted: every call looks at what it is and at
+the weights that it has.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
+from fwp_fairseq.modules.int8_linear import Int8Weight, Rounded
 from fwp_fairseq.ops import native
 
 # With more rows all are bound by arithmetic, and the BLAS is as good.
@@ -36,22 +38,29 @@ def few_rows_linear(input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Te
 
 def call_linears(layers: Sequence[nn.Module], input: Tensor) -> Sequence[Tensor]:
     """The output of each layer for ``input``, (..., in_features): those of plain linear layers by one operator."""
-    if native.unavailable is None and _has_few_rows(input):
-        parameters = _plain_parameters(layers)
-        if parameters is not None:
-            return native.few_rows_linears(input, *parameters)
+    if _is_for_decoding(input):
+        integers = [_int8_of(layer) for layer in layers]
+        if None not in integers or (native.unavailable is None and _has_few_rows(input)):
+            parameters = _plain_parameters(layers)
+            if parameters is not None and None not in integers:
+                rounded = Rounded(input)
+                return [layer.linear(rounded, *pair) for layer, *pair in zip(integers, *parameters)]  # type: ignore
+            if parameters is not None:
+                return native.few_rows_linears(input, *parameters)
     return [layer(input) for layer in layers]
 
 
-def use_few_rows_linear(module: nn.Module) -> None:
+def use_few_rows_linear(module: nn.Module, int8: bool = False) -> None:
     """Let all plain linear layers of ``module`` compute by ``few_rows_linear``. They stay nn.Linear, by name and type.
+
+    ``int8``: by 8-bit integers (``int8_linear``) instead.
 
     fairseq's code calls most of them, so each gets a ``forward`` of its own, which leaves alone what comes to be around
     the call (hooks, another ``forward``) or in place of the class (parametrisations, conversions).
     """
     for layer in module.modules():
         if type(layer) is nn.Linear and "forward" not in vars(layer):
-            layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+            layer.forward = partial(_forward, layer, Int8Weight() if int8 else None)  # type: ignore[method-assign]
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -60,10 +69,18 @@ def has_own_forward(module: nn.Module) -> bool:
     return not (forward is None or getattr(forward, "func", None) is _forward)
 
 
-def _forward(layer: nn.Linear, input: Tensor) -> Tensor:
+def _forward(layer: nn.Linear, integers: Optional[Int8Weight], input: Tensor) -> Tensor:
     if type(layer) is not nn.Linear:
         return type(layer).forward(layer, input)
-    return few_rows_linear(input, layer.weight, layer.bias)
+    weight, bias = layer.weight, layer.bias
+    if integers is not None and _is_for_decoding(input) and _is_dense(weight) and (bias is None or _is_dense(bias)):
+        return integers.linear(Rounded(input), weight, bias)
+    return few_rows_linear(input, weight, bias)
+
+
+def _int8_of(layer: Any) -> Optional[Int8Weight]:
+    forward = vars(layer).get("forward")
+    return forward.args[1] if getattr(forward, "func", None) is _forward else None
 
 
 def _plain_parameters(layers: Sequence[Any]) -> Optional[tuple[list[Tensor], list[Optional[Tensor]]]]:
@@ -95,8 +112,12 @@ def _plain_parameters(layers: Sequence[Any]) -> Optional[tuple[list[Tensor], lis
 
 
 def _has_few_rows(input: Tensor) -> bool:
+    return input.numel() <= _MOST_ROWS * input.size(-1) and _is_for_decoding(input)
+
+
+def _is_for_decoding(input: Tensor) -> bool:
     return (
-        0 < input.numel() <= _MOST_ROWS * input.size(-1)
+        input.numel() > 0
         and input.dtype == torch.float32
         and input.device.type == "cpu"
         and not torch.is_grad_enabled()

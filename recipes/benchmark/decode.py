@@ -51,6 +51,8 @@ MODELS = {
 }
 # What a run without captured steps is called beside the model's name.
 EAGER = ", eager"
+# And one with products of 8-bit integers.
+INT8 = ", int8"
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ RUNS = [
     for length, batches in ((64, (1, 16)), (256, (1, 16)), (1024, (1, 4)), (4096, (1,)))
     for sentences in batches
     for beam in (1, 5)
-    for model in ("softmax", "decoder", "all places")
-] + [Run(model, 1, 1, 8192) for model in ("lm softmax", "lm delta", "lm sum")]
+    for model in ("softmax", "decoder", f"decoder{INT8}", "all places", f"all places{INT8}")
+] + [Run(model, 1, 1, 8192) for model in ("lm softmax", "lm delta", f"lm delta{INT8}", "lm sum")]
 # The most telling first: there is not always time for all.
 GPU_RUNS = [
     Run(model, beam, sentences, length)
@@ -125,7 +127,7 @@ def save_model(folder: Path, model: str) -> Path:
 
     import fwp_fairseq.models  # noqa: F401  (registers the architectures)
 
-    model = model.removesuffix(EAGER)
+    model = model.removesuffix(EAGER).removesuffix(INT8)
     path = folder / f"{model.replace(' ', '-')}.pt"
     if path.exists():
         return path
@@ -176,6 +178,8 @@ def generate(folder: Path, run: Run, device: Sequence[str] = ("--cpu",)) -> Row:
     sys.argv = ["fairseq-generate", str(data), "--path", str(checkpoint), *task]
     subset = "test" if is_lm(run.model) else SUBSETS[run.sentences]
     sys.argv += [str(x) for x in [*limits, *size, "--gen-subset", subset, "--required-batch-size-multiple", 1, *device]]
+    if run.model.endswith(INT8):
+        sys.argv += ["--model-overrides", "{'decoding_weights': 'int8'}"]
     sys.argv += ["--num-workers", "0", "--results-path", str(folder / "results")]
     os.environ["FWP_CUDA_GRAPHS"] = "0" if run.model.endswith(EAGER) else "1"
     if on_gpu:
@@ -239,7 +243,8 @@ def claims(rows: list[Row]) -> list[str]:
     measured = {(row.model, row.beam, row.sentences, row.length): row for row in rows}
     found = []
     for row in rows:
-        for baseline in ("lm softmax" if is_lm(row.model) else "softmax", row.model + EAGER):
+        plain = row.model.removesuffix(INT8)
+        for baseline in ("lm softmax" if is_lm(row.model) else "softmax", row.model + EAGER, plain):
             other = measured.get((baseline, row.beam, row.sentences, row.length), row)
             if other is not row:
                 found.append(
