@@ -20,6 +20,23 @@ pytestmark = pytest.mark.skipif(not int8_linear.is_there(), reason="this torch h
 INT8 = ["--decoding-weights", "int8"]
 
 
+@pytest.fixture(autouse=True)
+def small_weights_too(monkeypatch):
+    monkeypatch.setattr(int8_linear, "_SMALL", 0)
+
+
+@torch.no_grad()
+def test_small_weights_stay_as_they_are_for_any_number_of_rows(monkeypatch):
+    monkeypatch.setattr(int8_linear, "_SMALL", 32 * 16)
+    for outputs, same in ((16, True), (17, False)):
+        layer = linear(32, outputs)
+        for rows in (1, 200):
+            x = torch.randn(rows, 32)
+            assert ((layer(x) - exact(layer, x)).abs().max() < 1e-5) == same
+            (together,) = call_linears([layer], x)
+            assert torch.equal(together, layer(x))
+
+
 def linear(inputs: int, outputs: int, bias: bool = True, seed: int = 0) -> torch.nn.Linear:
     torch.manual_seed(seed)
     layer = torch.nn.Linear(inputs, outputs, bias=bias)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from fwp_fairseq.modules.int8_linear import Int8Weight, Rounded
+from fwp_fairseq.modules.int8_linear import Int8Weight, Rounded, is_worth_it
 from fwp_fairseq.ops import native
 
 # With more rows all are bound by arithmetic, and the BLAS is as good.
@@ -38,15 +38,10 @@ def few_rows_linear(input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Te
 
 def call_linears(layers: Sequence[nn.Module], input: Tensor) -> Sequence[Tensor]:
     """The output of each layer for ``input``, (..., in_features): those of plain linear layers by one operator."""
-    if _is_for_decoding(input):
-        integers = [_int8_of(layer) for layer in layers]
-        if None not in integers or (native.unavailable is None and _has_few_rows(input)):
-            parameters = _plain_parameters(layers)
-            if parameters is not None and None not in integers:
-                rounded = Rounded(input)
-                return [layer.linear(rounded, *pair) for layer, *pair in zip(integers, *parameters)]  # type: ignore
-            if parameters is not None:
-                return native.few_rows_linears(input, *parameters)
+    if native.unavailable is None and _has_few_rows(input):
+        parameters = _plain_parameters(layers)
+        if parameters is not None:
+            return native.few_rows_linears(input, *parameters)
     return [layer(input) for layer in layers]
 
 
@@ -73,14 +68,16 @@ def _forward(layer: nn.Linear, integers: Optional[Int8Weight], input: Tensor) ->
     if type(layer) is not nn.Linear:
         return type(layer).forward(layer, input)
     weight, bias = layer.weight, layer.bias
-    if integers is not None and _is_for_decoding(input) and _is_dense(weight) and (bias is None or _is_dense(bias)):
+    dense = _is_dense(weight) and (bias is None or _is_dense(bias))
+    if integers is not None and dense and is_worth_it(weight) and _is_for_decoding(input):
         return integers.linear(Rounded(input), weight, bias)
     return few_rows_linear(input, weight, bias)
 
 
-def _int8_of(layer: Any) -> Optional[Int8Weight]:
-    forward = vars(layer).get("forward")
-    return forward.args[1] if getattr(forward, "func", None) is _forward else None
+def _multiplies_integers(forward: Any, weight: Optional[Tensor]) -> bool:
+    """Whether a layer's ``forward``, which may be that of ``use_few_rows_linear``, is by integers."""
+    is_ours = getattr(forward, "func", None) is _forward and forward.args[1] is not None
+    return is_ours and weight is not None and is_worth_it(weight)
 
 
 def _plain_parameters(layers: Sequence[Any]) -> Optional[tuple[list[Tensor], list[Optional[Tensor]]]]:
@@ -96,7 +93,8 @@ def _plain_parameters(layers: Sequence[Any]) -> Optional[tuple[list[Tensor], lis
         own = vars(layer)
         parameters = own["_parameters"]
         if (
-            own["_forward_pre_hooks"]
+            _multiplies_integers(own.get("forward"), parameters.get("weight"))
+            or own["_forward_pre_hooks"]
             or own["_forward_hooks"]
             or has_own_forward(layer)
             or "weight" not in parameters

@@ -6,6 +6,7 @@ medium shape (width 256, feed-forward 2,048, 8 heads, 16 layers), with random we
 write outputs of a fixed length (--min-len). Softmax is fairseq's own transformer and transformer_lm. Each run is
 fairseq-generate in a process of its own; a token's time is that from one call of the decoder to the next, search
 included. The state is what the decoder carries from token to token, cross-attention apart, for each hypothesis.
+CTranslate2, where it is installed, translates with the same softmax model, converted.
 
 With --gpu all runs are in this process, with and without captured steps (", eager"); the table is gpu-decode.csv, or,
 with --fp16, gpu-decode-fp16.csv, and memory is the GPU's.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import logging
 import os
@@ -53,6 +55,8 @@ MODELS = {
 EAGER = ", eager"
 # And one with products of 8-bit integers.
 INT8 = ", int8"
+# The softmax model in another program for processors, with the numbers that it computes with.
+PEER = "CTranslate2 "
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,10 @@ RUNS = [
     for length, batches in ((64, (1, 16)), (256, (1, 16)), (1024, (1, 4)), (4096, (1,)))
     for sentences in batches
     for beam in (1, 5)
-    for model in ("softmax", "decoder", f"decoder{INT8}", "all places", f"all places{INT8}")
+    for model in (
+        *("softmax", "decoder", f"decoder{INT8}", "all places", f"all places{INT8}"),
+        *(f"{PEER}float32", f"{PEER}int8"),
+    )
 ] + [Run(model, 1, 1, 8192) for model in ("lm softmax", "lm delta", f"lm delta{INT8}", "lm sum")]
 # The most telling first: there is not always time for all.
 GPU_RUNS = [
@@ -203,6 +210,38 @@ def generate(folder: Path, run: Run, device: Sequence[str] = ("--cpu",)) -> Row:
     return Row(run.model, run.beam, run.sentences, run.length, speed, first, last, state["bytes"], peak)
 
 
+def translate_by_peer(folder: Path, run: Run) -> Row:
+    """The softmax model converted for CTranslate2, with as many threads as torch has. Time is that of all tokens."""
+    import ctranslate2
+    import torch
+    from ctranslate2.converters import FairseqConverter
+
+    numbers = run.model.removeprefix(PEER)
+    converted = folder / f"ctranslate2-{numbers}"
+    if not converted.exists():
+        checkpoint = save_model(folder, "softmax")
+        # Its file holds a namespace, which torch has to be told.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            converter = FairseqConverter(str(checkpoint), str(folder / "pair"), source_lang="a", target_lang="b")
+            converter.convert(str(converted), quantization=numbers)
+    translator = ctranslate2.Translator(str(converted), compute_type=numbers, intra_threads=torch.get_num_threads())
+    name = f"test{run.sentences}.a"
+    sources = [line.split() for line in (folder / name).read_text().splitlines()]
+    options = {"beam_size": run.beam, "max_batch_size": run.sentences}
+    translator.translate_batch(sources, min_decoding_length=4, max_decoding_length=4, **options)
+    begun = time.perf_counter()
+    found = translator.translate_batch(
+        sources, min_decoding_length=run.length, max_decoding_length=run.length, **options
+    )
+    seconds = time.perf_counter() - begun
+    written = sum(len(result.hypotheses[0]) for result in found)
+    if written != run.sentences * run.length:
+        raise SystemExit(f"decode.py: {run.model} has written {written} words, not {run.sentences * run.length}")
+    step = 1e3 * seconds / run.length
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return Row(run.model, run.beam, run.sentences, run.length, written / seconds, step, step, 0, peak)
+
+
 def bytes_of_state(model: Any, incremental_state: dict[str, Any]) -> int:
     """What the decoder's self-attention keeps, in bytes."""
     kept = (layer.self_attn._get_input_buffer(incremental_state).values() for layer in model.decoder.layers)
@@ -258,7 +297,7 @@ def claims(rows: list[Row]) -> list[str]:
 def plot(rows: list[Row], path: Path) -> None:
     """Speed and state against the length of the output, for beams of five and a single sentence."""
     plt = import_pyplot()
-    if plt is None:
+    if plt is None or not any((row.model, row.beam, row.sentences) == ("softmax", 5, 1) for row in rows):
         return
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for model, label in (
@@ -314,7 +353,8 @@ def main() -> int:
     if options.gpu and not gpu_is_there():
         parser.error("--gpu needs a GPU, and torch finds none")
     if options.worker:
-        row = generate(options.output, Run(**json.loads(options.worker)))
+        run = Run(**json.loads(options.worker))
+        row = (translate_by_peer if run.model.startswith(PEER) else generate)(options.output, run)
         (options.output / "run.json").write_text(json.dumps(vars(row)))
         return 0
     wanted = [
@@ -325,6 +365,9 @@ def main() -> int:
         and (not options.beams or run.beam in options.beams)
         and (not options.sentences or run.sentences in options.sentences)
     ]
+    if any(run.model.startswith(PEER) for run in wanted) and importlib.util.find_spec("ctranslate2") is None:
+        print("decode.py: left out: CTranslate2, which is not installed", file=sys.stderr)
+        wanted = [run for run in wanted if not run.model.startswith(PEER)]
     if not wanted:
         parser.error("no run has all of what was asked for: RUNS in this file has what there is")
     options.output.mkdir(parents=True, exist_ok=True)

@@ -20,4 +20,6 @@ PATH=$(cd "$venv/bin" && pwd):/usr/bin:/bin \
     echo "environment.sh: left out: pytorch-fast-transformers 0.4.0" >&2
 "${pip[@]}" install --quiet -c constraints.txt --no-deps flash-linear-attention==0.6.0 fla-core==0.6.0 einops ||
     echo "environment.sh: left out: flash-linear-attention 0.6.0" >&2
+"${pip[@]}" install --quiet -c constraints.txt ctranslate2==4.8.5 ||
+    echo "environment.sh: left out: CTranslate2 4.8.5" >&2
 echo "$fingerprint" >"$marker"
