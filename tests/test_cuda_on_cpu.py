@@ -150,8 +150,15 @@ def on_cpu(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "read", kernels.read)
 
 
-@pytest.mark.parametrize("rule", UNBOUNDED_RULES)
-@test_decoding.readings
+# The rules differ in scalars alone: all of them with one reading, and all readings with the rule that has most.
+STEPS = [
+    (rule, *reading)
+    for rule in UNBOUNDED_RULES
+    for reading in (test_decoding.READINGS if rule == "gated-delta" else test_decoding.READINGS[:2])
+]
+
+
+@pytest.mark.parametrize("rule, feature_map, normalization, normalized", STEPS)
 def test_steps_in_any_order(on_cpu, rule, feature_map, normalization, normalized):
     test_decoding.test_steps_in_any_order_equal_plain_steps_of_gathered_memories(
         rule, feature_map, normalization, normalized, torch.float32, 1e-4
