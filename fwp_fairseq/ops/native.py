@@ -14,15 +14,13 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from fwp_fairseq.ops.numerics import state_dtype
-from fwp_fairseq.ops.torch_modes import NOT_TWICE, is_exported_for_any
+from fwp_fairseq.ops.numerics import inputs_of_kernels, state_dtype
+from fwp_fairseq.ops.torch_modes import NOT_TWICE
 
 logger = logging.getLogger(__name__)
 
 LIBRARY_PREFIX = "_native_for_torch_"
 REMEDY = "pip install --force-reinstall --no-deps -e . in a clone of fwp-fairseq, with a C++ compiler"
-
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def copies() -> list[Path]:
@@ -103,14 +101,8 @@ def scan(
             f"backend is 'native', but there are no compiled operators for {k.device.type} tensors with keys of "
             f"{k.size(3)} features"
         )
-    # What is not a type of the kernels (float8, say) is computed in the type of the state.
-    dtype = dtype if dtype in _FLOATS else state_dtype(dtype)
-    q, k, v = None if q is None else q.to(dtype), k.to(dtype), v.to(dtype)
-    gates = (None if x is None else x.to(state_dtype(dtype)) for x in (write, erase, decay))
-    differentiable = any(x is not None and x.requires_grad for x in (q, k, v, write, erase, decay, initial_state))
-    # How many memories are kept for a backward pass depends on the length: none by a program for any length.
-    keep = torch.is_grad_enabled() and differentiable and not is_exported_for_any(k.size(2))
-    out, state, _ = torch.ops.fwp_fairseq.scan(q, k, v, *gates, initial_state, keep)
+    inputs, keep = inputs_of_kernels(q, k, v, write, erase, decay, initial_state)
+    out, state, _ = torch.ops.fwp_fairseq.scan(*inputs, keep)
     return (None if q is None else out), state
 
 

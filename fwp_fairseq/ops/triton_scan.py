@@ -14,14 +14,14 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from fwp_fairseq.ops.torch_modes import NOT_TWICE, is_exported_for_any
+from fwp_fairseq.ops.numerics import inputs_of_kernels
+from fwp_fairseq.ops.torch_modes import NOT_TWICE
 
 # Of keys, whose memories lie in registers.
 LARGEST_KEY = 256
 # As many as large GPUs have, or about.
 _MULTIPROCESSORS = 128
 NOT_INSTALLED = "backend is triton, but Triton is not installed: torch's builds for CUDA bring it"
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Tiles(NamedTuple):
@@ -123,18 +123,10 @@ def scan(
     Half-precision inputs are multiplied in their precision, with sums, and memories from chunk to chunk, in float32.
     Raises ValueError for what the kernels do not have, RuntimeError without Triton.
     """
-    dtype = torch.promote_types(k.dtype, v.dtype)
-    _check(k, dtype)
-    # What is not a type of the kernels (float8, say) is computed in the type of the state.
-    dtype = dtype if dtype in _FLOATS else torch.float32
-    q, k, v = None if q is None else q.to(dtype), k.to(dtype), v.to(dtype)
-    gates = (None if x is None else x.float() for x in (write, erase, decay))
-    inputs = (q, k, v, *gates, initial_state)
+    _check(k, torch.promote_types(k.dtype, v.dtype))
+    inputs, keep = inputs_of_kernels(q, k, v, write, erase, decay, initial_state)
     if any(x is not None and x.device != k.device for x in inputs):
         raise ValueError("backend is 'triton', which needs all tensors on one device, these are on several devices")
-    differentiable = any(x is not None and x.requires_grad for x in inputs)
-    # How many memories are kept for a backward pass depends on the length: none by a program for any length.
-    keep = torch.is_grad_enabled() and differentiable and not is_exported_for_any(k.size(2))
     out, state, *_ = torch.ops.fwp_fairseq.triton_scan(*inputs, keep)
     return (None if q is None else out), state
 
