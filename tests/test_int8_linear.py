@@ -13,7 +13,7 @@ from tiny_models import build_lm, build_translation, places, translation_batch
 
 from fwp_fairseq.modules import int8_linear
 from fwp_fairseq.modules.few_rows_linear import call_linears, use_few_rows_linear
-from fwp_fairseq.modules.int8_linear import Int8Weight, Rounded
+from fwp_fairseq.modules.int8_linear import Int8Weight
 
 pytestmark = pytest.mark.skipif(not int8_linear.is_there(), reason="this torch has no oneDNN")
 
@@ -117,7 +117,7 @@ def test_integers_are_made_once_for_a_weight(monkeypatch):
     monkeypatch.setattr(torch.ops.onednn, "qlinear_prepack", lambda *a: made.append(1) or plain(*a))
     integers, weight = Int8Weight(), torch.randn(4, 8)
     for _ in range(3):
-        integers.linear(Rounded(torch.randn(2, 8)), weight, None)
+        integers.linear(torch.randn(2, 8), weight, None)
     assert len(made) == 1
 
 

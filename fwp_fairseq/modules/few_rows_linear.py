@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from fwp_fairseq.modules.int8_linear import Int8Weight, Rounded, is_worth_it
+from fwp_fairseq.modules.int8_linear import Int8Weight, is_worth_it
 from fwp_fairseq.ops import native
 
 # With more rows all are bound by arithmetic, and the BLAS is as good.
@@ -70,7 +70,7 @@ def _forward(layer: nn.Linear, integers: Optional[Int8Weight], input: Tensor) ->
     weight, bias = layer.weight, layer.bias
     dense = _is_dense(weight) and (bias is None or _is_dense(bias))
     if integers is not None and dense and is_worth_it(weight) and _is_for_decoding(input):
-        return integers.linear(Rounded(input), weight, bias)
+        return integers.linear(input, weight, bias)
     return few_rows_linear(input, weight, bias)
 
 
