@@ -124,4 +124,10 @@ def test_tensors_on_two_devices_are_refused():
 def test_flash_linear_attention_agrees(decays):
     inputs = on_gpu(make_inputs((2, 3, 150, 64, 64), (True, False, decays), torch.bfloat16))
     inputs["erase"] = inputs["write"]
-    assert_agree(on_cpu(results(inputs, "fla")), exact(inputs), 3e-2)
+    try:
+        found = results(inputs, "fla")
+    except RuntimeError as error:  # it knows which versions of Triton it cannot work with
+        if "Triton" not in str(error):
+            raise
+        pytest.skip(str(error))
+    assert_agree(on_cpu(found), exact(inputs), 3e-2)

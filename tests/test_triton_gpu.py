@@ -167,8 +167,10 @@ def test_peak_memory_of_training_is_a_small_factor_of_the_inputs(dtype):
 
 
 def test_auto_takes_them_for_what_they_have():
-    assert choose_backend("auto", device_type="cuda", d_k=256) == "triton"
-    assert choose_backend("auto", device_type="cuda", d_k=257) != "triton"
+    # On a Hopper with an assembler that is not sound, memories of larger keys do not fit.
+    largest = 256 if triton_scan.warpgroups_are_sound(torch.device("cuda", torch.cuda.current_device())) else 128
+    assert choose_backend("auto", device_type="cuda", d_k=largest) == "triton"
+    assert choose_backend("auto", device_type="cuda", d_k=largest + 1) != "triton"
     assert choose_backend("auto", device_type="cuda", dtype=torch.float64) != "triton"
     assert choose_backend("auto", max_norm=1.0, device_type="cuda") == "chunk"
 

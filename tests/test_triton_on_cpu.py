@@ -199,6 +199,9 @@ def test_products_by_four_warps_need_a_sound_assembler_on_hopper(version, sound,
     triton_scan._assembler.cache_clear()
     try:
         assert [triton_scan.warpgroups_are_sound(torch.device(name)) for name in gpus] == [sound, True, True]
+        torch.compiler.reset()
+        compiled = torch.compile(lambda x: x + triton_scan._assembler_is_sound(), fullgraph=True, backend="eager")
+        assert compiled(torch.zeros(1)).item() == sound
     finally:
         triton_scan._assembler.cache_clear()
     assert triton_scan.warpgroups_are_sound(torch.device("cpu"))

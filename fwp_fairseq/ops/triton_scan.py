@@ -80,7 +80,12 @@ def warpgroups_are_sound(device: torch.device) -> bool:
     names another.
     """
     is_hopper = device.type == "cuda" and torch.cuda.get_device_properties(device).major == 9
-    return not is_hopper or _assembler() >= (13, 3)
+    return not is_hopper or _assembler_is_sound()
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks, and does not trace what cannot be
+def _assembler_is_sound() -> bool:
+    return _assembler() >= (13, 3)
 
 
 @functools.cache

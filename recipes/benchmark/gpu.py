@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from shared import write_csv
 from torch import Tensor
 
-from fwp_fairseq.ops import fast_weight_scan, fla, native, triton_scan
+from fwp_fairseq.ops import fast_weight_scan, fla, native
 
 # (B, H, L, Dk, Dv): a large model, the paper's small and medium language models, long sequences, and DPFP-2 features.
 SCANS = [
@@ -238,9 +238,6 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="of these implementations (default: all)")
     parser.add_argument("--shapes", type=int, default=len(SCANS), metavar="N", help="the first N shapes (%(default)s)")
     parser.add_argument("--no-steps", action="store_true", help="without the step of decoding")
-    parser.add_argument("--four-warps", action="store_true",
-                        help="products by four warps in the Triton kernels on a Hopper, whatever its assembler: "
-                        "quicker, but before CUDA 13.3 some stop with illegal memory accesses")  # fmt: skip
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the processor; figures mean nothing")
     options = parser.parse_args()
     if options.repeats < 1:
@@ -251,8 +248,8 @@ def main() -> int:
     if not options.rehearse and not native.supports("cuda"):
         print("gpu.py: this package was built without kernels for a GPU (see the main README).", file=sys.stderr)
         return 1
-    if options.four_warps:
-        triton_scan.warpgroups_are_sound = lambda device: True
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
     device = "cpu" if options.rehearse else "cuda"
     clock = Clock(device, options.repeats)
     card = "a processor, as a rehearsal" if options.rehearse else torch.cuda.get_device_name()
