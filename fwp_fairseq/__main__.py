@@ -1,7 +1,7 @@
 """Print the folder to give fairseq as --user-dir: fairseq-train --user-dir "$(python -m fwp_fairseq)" ...
 
-``--check`` says instead whether all is there to train with, ``--mends`` what is changed in fairseq, and why, and
-``--list`` what there is to choose from.
+``--check`` says instead whether all is there to train with, ``--options`` which flags there are, ``--mends`` what is
+changed in fairseq, and why, and ``--list`` what there is to choose from.
 """
 
 import argparse
@@ -25,6 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m fwp_fairseq", description="Print the folder to give as --user-dir.")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--check", action="store_true", help="print what a training would use, and what is missing")
+    instead.add_argument("--options", action="store_true", help="print the flags that fairseq's commands get by it")
     instead.add_argument("--mends", action="store_true", help="print what is changed in fairseq, and why")
     instead.add_argument("--list", choices=LISTS, help="print the names of these, one a line")
     args = parser.parse_args()
@@ -42,7 +43,11 @@ def main() -> int:
         if not problems:
             print("All is there to train with.")
         return int(bool(problems))
-    if args.mends:
+    if args.options:
+        from fwp_fairseq.models.flags import help_of_flags
+
+        print(help_of_flags())
+    elif args.mends:
         from fwp_fairseq.fairseq_mends import mends
 
         print(*mends(), sep="\n\n")

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
@@ -72,6 +73,24 @@ def test_the_module_lists_what_is_changed_in_fairseq(run: Run) -> None:
     blocks = run("python", "-m", "fwp_fairseq", "--mends", anew=True).stdout.strip().split("\n\n")
     assert [block.split(":")[0] for block in blocks] == list(MENDS)
     assert all("\n    changes: " in block and "\n    It can go " in block for block in blocks)
+
+
+def test_the_module_prints_every_flag_of_its_own_and_none_of_fairseqs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fairseq")
+    from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
+    from fwp_fairseq.modules.places import PLACE_FIELDS
+
+    assert module(monkeypatch, "--options") == 0
+    printed = capsys.readouterr().out
+    own = (
+        {option.name for option in fields(FastWeightConfig)} - {"_name", "cpu"} | set(PLACE_FIELDS) | {"memory_length"}
+    )
+    flags = re.findall(r"^  --(\S+)", printed, re.MULTILINE)
+    assert own <= {flag.replace("-", "_") for flag in flags}
+    assert not {"dropout", "encoder-layers", "cpu", "adaptive-input", "tokens-per-sample"} & set(flags)
+    assert "--update-rule {sum,delta,gated,gated-delta,fwm} (default: delta)\n" in printed
 
 
 @needs_native

@@ -63,7 +63,7 @@ def size_that_follows(source: str) -> Any:
     return field(default=None, metadata={"help": f"as --{source.replace('_', '-')} if not given"})
 
 
-def _flat_fields(config: type, prefix: str = "") -> list[tuple[str, Any, Any]]:
+def flat_fields(config: type, prefix: str = "") -> list[tuple[str, Any, Any]]:
     """Fields of a nested fairseq configuration under the names of its flags: encoder.layers -> encoder_layers."""
     flat: list[tuple[str, Any, Any]] = []
     for option in fields(config):
@@ -71,7 +71,7 @@ def _flat_fields(config: type, prefix: str = "") -> list[tuple[str, Any, Any]]:
         if option.name == "_name":
             continue
         if is_dataclass(option.type):
-            flat += _flat_fields(cast(type, option.type), f"{name}_")
+            flat += flat_fields(cast(type, option.type), f"{name}_")
         elif name in _FOLLOWS:
             flat.append((name, Optional[int], size_that_follows(_FOLLOWS[name])))
         elif name.endswith("_layers_to_keep"):
@@ -87,7 +87,7 @@ def _flat_fields(config: type, prefix: str = "") -> list[tuple[str, Any, Any]]:
 FWPTransformerConfig = make_dataclass(
     "FWPTransformerConfig",
     [
-        *_flat_fields(TransformerConfig),
+        *flat_fields(TransformerConfig),
         *[(name, AttentionKind, option) for name, option in PLACE_FIELDS.items()],
     ],
     bases=(FastWeightConfig,),
