@@ -1,4 +1,4 @@
-"""The models of the literature that README names: with its flags they compute what their papers say.
+"""The models of the literature that REFERENCE.md names: with its flags they compute what their papers say.
 
 The references below are the equations of Schlag, Irie and Schmidhuber (2021), one token after the other, without this
 package's operators.
@@ -16,7 +16,7 @@ from torch import nn
 FLAGS = {
     name: shlex.split(flags)
     for name, flags in re.findall(
-        r"^\| ([^|`]+?) \| `(--update-rule [^`]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE
+        r"^\| ([^|`]+?) \| `(--update-rule [^`]+)` \|", (ROOT / "fwp_fairseq" / "REFERENCE.md").read_text(), re.MULTILINE
     )
 }
 

@@ -5,7 +5,7 @@
 #
 # Makes an environment (environment.sh), unless there is one, or --venv none says to use the active one. What follows --
 # goes to step.py or decode.py, with --only. Tables go to the terminal and, with CSV files and the plot, to DIR. Runs of
-# fairseq-generate that are in decode.csv are not done again.
+# fairseq-generate that are in decode.csv are not done again. Takes more than an hour.
 
 parts=(step decode)
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -27,6 +27,8 @@ Usage: bash run.sh [OPTION]... [-- FAIRSEQ_TRAIN_OPTION...]
 
 Train small language models to say after every move where one is, on sequences of up to 40 moves, and test them on up to
 256. OUTPUT/results.csv has the accuracies, OUTPUT/state_tracking.png draws them. What is done already is not done again.
+
+Takes 1 to 2 minutes of one core for each of 24 trainings, no download.
 END
 }
 

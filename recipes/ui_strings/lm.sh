@@ -27,6 +27,8 @@ Usage: bash lm.sh [OPTION]... [-- FAIRSEQ_TRAIN_OPTION...]
 
 Train a language model on the text of Python's help(), which every CPython ships, evaluate it on held-out topics with
 fairseq-eval-lm, and let it continue a text. What is done already is not done again.
+
+Takes some minutes on two cores, no download, 1.7 GB of disk for the environment.
 END
 }
 

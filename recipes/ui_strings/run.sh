@@ -45,6 +45,8 @@ Usage: bash run.sh [OPTION]... [-- FAIRSEQ_TRAIN_OPTION...]
 
 Collect English-German user-interface strings, train a translation model on them, and score it on held-out strings.
 What is done already is not done again. The last line is BLEU = NN.N.
+
+Takes 10 minutes on two cores, 88 MB to download, 1.8 GB of disk, most of it the environment.
 END
 }
 

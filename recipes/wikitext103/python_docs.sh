@@ -33,6 +33,8 @@ the first GPU; evaluate them as evaluate.sh does, and print a table, which is wr
 and, if --only names them:
   ${further_rows[*]}
 What is done already is not done again.
+
+Takes --minutes for each, one at a time, and no download.
 END
 }
 

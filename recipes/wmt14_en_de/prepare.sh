@@ -9,6 +9,8 @@ Usage: bash prepare.sh [OPTION]...
 
 Get the archives of WMT14, and make OUTPUT/data-bin of them: newstest2013 is the validation part, newstest2014 the
 test. What is done already is not done again.
+
+Downloads about 1.7 GB, unless --from names a copy.
 END
 }
 
