@@ -177,7 +177,7 @@ setup(
     packages=find_packages(include=["fwp_fairseq", "fwp_fairseq.*"]),
     ext_modules=compiled_operators(),
     cmdclass={"build_ext": BuildOperators},
-    package_data={"fwp_fairseq": ["csrc/*", "README.md"]},
+    package_data={"fwp_fairseq": ["csrc/*", "*.md"]},
     install_requires=["torch>=2.6", "sacrebleu", "sentencepiece", "subword-nmt"],
     extras_require={
         # Not required of everyone, since many have a fairseq from source.

@@ -16,7 +16,9 @@ from torch import nn
 FLAGS = {
     name: shlex.split(flags)
     for name, flags in re.findall(
-        r"^\| ([^|`]+?) \| `(--update-rule [^`]+)` \|", (ROOT / "fwp_fairseq" / "REFERENCE.md").read_text(), re.MULTILINE
+        r"^\| ([^|`]+?) \| `(--update-rule [^`]+)` \|",
+        (ROOT / "fwp_fairseq" / "REFERENCE.md").read_text(),
+        re.MULTILINE,
     )
 }
 
