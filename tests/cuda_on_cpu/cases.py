@@ -122,13 +122,14 @@ def in_child(check: Callable[[], bool]) -> bool:
 
 
 def scans_are_right(kernels: Kernels) -> bool:
+    """What takes least time comes first: most mistakes show in all of it."""
     for shape, uses, options in (
-        ((1, 2, 150, 40, 20), (True, True, True), {}),
-        ((1, 1, 150, 40, 40), (True, True, False), {}),
         ((1, 1, 40, 8, 20), (True, True, True), {}),
-        ((1, 1, 40, 8, 20), (False, True, False), {"queries": False}),
         ((1, 1, 40, 8, 20), (False, False, False), {}),
+        ((1, 1, 40, 8, 20), (False, True, False), {"queries": False}),
         ((1, 1, 40, 8, 20), (False, False, True), {"queries": False}),
+        ((1, 1, 150, 40, 40), (True, True, False), {}),
+        ((1, 2, 150, 40, 20), (True, True, True), {}),
     ):
         try:
             errors = scan_errors(kernels, shape, uses, torch.float64 if options else torch.float32, **options)
