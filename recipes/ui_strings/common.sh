@@ -16,7 +16,7 @@ registered() {
     tr -d '\n' <"$repository/fwp_fairseq/ops/$1.py" | grep -o "$2( *\"[a-z-]*\"" | cut -d '"' -f 2 | paste -s -d ' '
 }
 
-# fast_weight_options RULE FEATURE_MAP NU ATTENTION_NORMALIZATION: declare the options of the attention.
+# fast_weight_options RULE FEATURE_MAP NU ATTENTION_NORMALIZATION WIDTH: declare the options of the attention.
 fast_weight_options() {
     option rule "$(registered update_rules UpdateRule)" "$1" "update rule of the fast weights"
     option feature-map "$(registered feature_maps FeatureMap)" "$2" "feature map of keys and queries"
@@ -24,6 +24,7 @@ fast_weight_options() {
     option favor-features count 64 "m of FAVOR+"
     option key-normalization "sum l2 none" sum "how feature-mapped keys and queries are scaled"
     option attention-normalization flag "$4" "divide what is read by the accumulated keys"
+    option short-convolution number "$5" "width of a convolution over queries, keys and values; 0: none"
 }
 
 # Sets attention=(), the flags of the fast-weight options for fairseq-train.
@@ -34,21 +35,23 @@ fast_weight_flags() {
     favor) attention+=(--favor-features "$favor_features") ;;
     esac
     ((!attention_normalization)) || attention+=(--attention-normalization)
+    ((!short_convolution)) || attention+=(--short-convolution "$short_convolution")
 }
 
 # check_attention WIDTH HEADS: let the package say, before any work is done, whether it can build such an attention.
 check_attention() {
     local options=("$@" "$rule" "$feature_map" "$key_normalization" "$dpfp_nu" "$favor_features")
-    options+=("$attention_normalization")
+    options+=("$attention_normalization" "$short_convolution")
     [[ ! -f steps/attention || $(<steps/attention) != "${options[*]}" ]] || return 0
     (cd -- "$repository" && "$python" - "$(basename "$0")" "${options[@]}") <<'END' || exit 1
 import logging, sys
 logging.disable(logging.INFO)  # of fairseq; warnings about the options are to be seen
 from fwp_fairseq.modules import FastWeightConfig
-script, width, heads, rule, feature_map, key_normalization, nu, features, normalize = sys.argv[1:]
+script, width, heads, rule, feature_map, key_normalization, nu, features, normalize, convolution = sys.argv[1:]
 config = FastWeightConfig(
     update_rule=rule, feature_map=feature_map, key_normalization=key_normalization,
     dpfp_nu=int(nu), favor_features=int(features), attention_normalization=normalize == "1",
+    short_convolution=int(convolution),
 )
 try:
     config.check(int(width), int(heads), "decoder")

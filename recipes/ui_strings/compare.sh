@@ -3,13 +3,13 @@
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-# What is compared: attention | where | name of the model | options of run.sh.
+# What is compared: attention | where | name of the model | options of run.sh. Its default is conv-gated-decoder.
 everywhere="--encoder-self-attention fast-weight --decoder-self-attention fast-weight --cross-attention fast-weight"
 decoder="--encoder-self-attention softmax --decoder-self-attention fast-weight --cross-attention softmax"
 sum_memories="-- --whole-memory-update-rule sum --whole-memory-feature-map elu --whole-memory-attention-normalization"
 self="--encoder-self-attention fast-weight --decoder-self-attention fast-weight --cross-attention softmax"
-convolution="-- --short-convolution 4"
-sum_cross="--cross-update-rule sum --cross-attention-normalization"
+convolution="--short-convolution 4"
+sum_cross="-- --cross-update-rule sum --cross-attention-normalization"
 sum_elu="--rule sum --feature-map elu --attention-normalization"
 sum_dpfp="--rule sum --feature-map dpfp --dpfp-nu 1"
 delta_dpfp="--rule delta --feature-map dpfp --dpfp-nu 1"
@@ -28,6 +28,7 @@ configurations=(
     "delta, elu | decoder self-attention | delta-elu-decoder | $delta_elu $decoder"
     "delta, dpfp-1, convolution | decoder self-attention | conv-delta-decoder | $delta_dpfp $decoder $convolution"
     "delta, dpfp-1, convolution | encoder and decoder self-attention | conv-delta-self | $delta_dpfp $self $convolution"
+    "gated delta, dpfp-1, convolution | decoder self-attention | conv-gated-decoder | $gated_dpfp $decoder $convolution"
     "gated delta, dpfp-1, convolution | encoder and decoder self-attention | conv-gated-self | $gated_dpfp $self $convolution"
     "delta, dpfp-1, convolution | all three places | conv-delta-all | $delta_dpfp $everywhere $convolution"
     "delta, dpfp-1, convolution; cross-attention sum, attention normalisation | all three places | conv-delta-sum-all | $delta_dpfp $everywhere $convolution $sum_cross"
@@ -109,7 +110,8 @@ trap 'exit 130' INT TERM
 train_and_score() {
     local model=$1 log=compare/$1.log seed=$2
     shift 2
-    if "${run[@]}" --model "$model" --seed "$seed" "$@" >"$log" 2>&1 </dev/null; then
+    # A row without a convolution has none.
+    if "${run[@]}" --short-convolution 0 --model "$model" --seed "$seed" "$@" >"$log" 2>&1 </dev/null; then
         say "$model: $(tail -n 1 "$log")"
     else
         say "$model: failed; see $output/$log"

@@ -8,6 +8,7 @@ default_rule="delta"
 default_feature_map=dpfp
 default_dpfp_nu=1
 default_attention_normalization=0
+default_short_convolution=0
 
 # The model and its training, the same for every attention.
 width=128
@@ -34,7 +35,8 @@ END
 
 common_options
 option vocab-size count 2000 "pieces of the sentencepiece vocabulary"
-fast_weight_options "$default_rule" "$default_feature_map" "$default_dpfp_nu" "$default_attention_normalization"
+fast_weight_options "$default_rule" "$default_feature_map" "$default_dpfp_nu" "$default_attention_normalization" \
+    "$default_short_convolution"
 option softmax flag 0 "softmax attention: the baseline"
 option epochs count 20 "passes over the text"
 option seed number 1 "seed of initialisation, order of batches, dropout, and the continuation"

@@ -4,10 +4,11 @@
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 # The attention that is trained unless options say otherwise.
-default_rule="delta"
+default_rule="gated-delta"
 default_feature_map=dpfp
 default_dpfp_nu=1
 default_attention_normalization=0
+default_short_convolution=4
 default_encoder_self_attention=softmax
 default_decoder_self_attention=fast-weight
 default_cross_attention=softmax
@@ -56,7 +57,8 @@ option wheels text "" "take the strings from the wheels in this folder, download
 option vocab-size count 4000 "pieces of the sentencepiece vocabulary that both languages share"
 option valid-size count 500 "pairs for validation"
 option test-size count 500 "pairs for the score"
-fast_weight_options "$default_rule" "$default_feature_map" "$default_dpfp_nu" "$default_attention_normalization"
+fast_weight_options "$default_rule" "$default_feature_map" "$default_dpfp_nu" "$default_attention_normalization" \
+    "$default_short_convolution"
 places="softmax fast-weight"
 option encoder-self-attention "$places" "$default_encoder_self_attention" "attention within the encoder"
 option decoder-self-attention "$places" "$default_decoder_self_attention" "causal attention within the decoder"
