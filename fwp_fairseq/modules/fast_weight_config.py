@@ -106,6 +106,10 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
         default="float32",
         metadata={"help": "products of the decoder's linear layers in generation on a processor: int8 is quicker"},
     )
+    convert_attention: bool = field(
+        default=False,
+        metadata={"help": "make fast weights of the softmax attention of the checkpoint of --finetune-from-model"},
+    )
     log_memory: int = field(
         default=0,
         metadata={"help": "log write strengths, decays, norm and rank of the memories every so many updates; 0: never"},
