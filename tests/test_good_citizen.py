@@ -312,7 +312,7 @@ BASES = {
     + [*places("softmax"), *places("fast-weight", "encoder-self-attention")],
     "cross-attention of its own": ["--whole-memory-update-rule", "delta", "--cross-update-rule", "sum"]
     + ["--cross-attention-normalization", *places("fast-weight")],
-    "cross-attention only": ["--cross-feature-map", "favor"]
+    "cross-attention only": ["--cross-feature-map", "learned"]
     + [*places("softmax"), *places("fast-weight", "cross-attention")],
     "normalised everywhere": ["--update-rule", "sum", "--attention-normalization", *places("fast-weight")],
     "softmax": places("softmax"),

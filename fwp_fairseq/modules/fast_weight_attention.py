@@ -96,6 +96,7 @@ class FastWeightAttention(AttentionWithState):
             str(config.feature_map),
             str(config.key_normalization),
             self.head_dim,
+            num_heads,
             **config.choices(config.map.options),
         )
         # Linear layers by name, and the inputs that they are of.
