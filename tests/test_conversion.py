@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Corpus
-from tiny_models import places
+from tiny_models import places, translation_batch
+from torch.nn import functional as F
 
 pytest.importorskip("fairseq")
 from fairseq import checkpoint_utils  # noqa: E402
@@ -40,7 +41,7 @@ def trained(path: Path, flags: Flags, data: Path, fused: bool = False) -> dict[s
 
 def begin(flags: Flags, data: Path, folder: Path, parent: Path, **given: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     """The trainer after it has loaded the parent, and the parameters that it had before."""
-    given = {"convert_attention": True, "finetune_from_model": str(parent), **given}
+    given = {"convert_attention": True, "conversion_updates": 0, "finetune_from_model": str(parent), **given}
     trainer = trainer_of(flags, data=data, save_dir=folder, **given)
     before = {name: x.clone() for name, x in trainer.get_model().state_dict().items()}
     checkpoint_utils.load_checkpoint(trainer.cfg.checkpoint, trainer)
@@ -118,7 +119,7 @@ def test_a_converted_training_goes_on_from_its_own_checkpoint_and_generates(
 ) -> None:
     trained(tmp_path / "parent.pt", (*OURS, *SOFTMAX), small_corpus.translation)
     options = {"data": small_corpus.translation, "save_dir": tmp_path, "convert_attention": True}
-    options["finetune_from_model"] = str(tmp_path / "parent.pt")
+    options |= {"finetune_from_model": str(tmp_path / "parent.pt"), "conversion_updates": 2}
     for updates in (2, 4):
         caplog.clear()
         with caplog.at_level(logging.INFO, "fwp_fairseq"):
@@ -126,3 +127,47 @@ def test_a_converted_training_goes_on_from_its_own_checkpoint_and_generates(
         assert ("is converted" in caplog.text) == (updates == 2)
         assert saved(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == updates
     assert "H-0" in fairseq_generate(data=small_corpus.translation, path=tmp_path / "checkpoint_last.pt")
+
+
+def outputs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**batch)[0]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (
+            "--update-rule",
+            "sum",
+            "--feature-map",
+            "learned",
+            "--key-normalization",
+            "none",
+            "--attention-normalization",
+        ),
+        ("--update-rule", "gated-delta", "--feature-map", "dpfp", "--short-convolution", 2, "--no-attention-bias"),
+        ("--update-rule", "fwm", "--feature-map", "tanh", "--key-normalization", "none"),
+    ],
+    ids=["sum, learned", "gated-delta, dpfp", "fwm"],
+)
+def test_attention_learns_to_give_what_softmax_gives(small_corpus: Corpus, tmp_path: Path, flags: Flags) -> None:
+    """Of any rule and map; what is not attention, and the data that comes, stays."""
+    data = small_corpus.translation
+    trained(tmp_path / "parent.pt", (*OURS, *SOFTMAX), data)
+    parent = trainer_of((*OURS, *SOFTMAX), data=data).get_model()
+    parent.load_state_dict(saved(tmp_path / "parent.pt")["model"])
+    batch = translation_batch(parent, 8)
+    expected = outputs(parent, batch)
+    found = {}
+    for updates in (0, 40):
+        trainer, _ = begin(
+            (*OURS, *EVERYWHERE, *flags), data, tmp_path, tmp_path / "parent.pt", conversion_updates=updates
+        )
+        model = trainer.get_model()
+        found[updates] = outputs(model, batch)
+        others = {name: x for name, x in model.state_dict().items() if "attn." not in name}
+        assert all(torch.equal(x, parent.state_dict()[name]) for name, x in others.items())
+        assert "forward" not in vars(model.decoder.layers[0].self_attn)
+    errors = {updates: F.mse_loss(x, expected).item() for updates, x in found.items()}
+    assert errors[40] < 0.8 * errors[0]

@@ -349,7 +349,8 @@ def warned(caplog: Any) -> list[str]:
 
 
 def test_every_option_of_fast_weights_is_tried() -> None:
-    of_computing = {"fast_weight_backend", "decoding_weights", "log_memory", "cpu", "_name", "convert_attention"}
+    of_computing = {"fast_weight_backend", "decoding_weights", "log_memory", "cpu", "_name"}
+    of_computing |= {"convert_attention", "conversion_updates"}
     assert {*CHANGES, *of_computing} == set(FastWeightConfig.__dataclass_fields__)
 
 

@@ -72,8 +72,8 @@ def fast_weight_flags(options: Mapping[str, Any], with_heads: bool = False) -> d
     flags = {place.replace("_", "-"): _FAST_WEIGHT if place in places else _SOFTMAX for place in PLACES}
     config = FastWeightConfig.from_args(namespace)
     # These change how it is computed, or what is said of it.
-    ignored = {"_name", "cpu", "fast_weight_backend", "decoding_weights", "log_memory", "convert_attention"}
-    ignored.update(config.without_effect(places))
+    ignored = {"_name", "cpu", "fast_weight_backend", "decoding_weights", "log_memory"}
+    ignored.update(("convert_attention", "conversion_updates"), config.without_effect(places))
     # Those of every model first: what a map or a rule has follows from these.
     for name in sorted((option.name for option in fields(config)), key=lambda name: name in OWNERS_OF_CHOICES):
         if name not in ignored:
@@ -129,7 +129,7 @@ def check_options(state: Any, name: str) -> None:
     if conversion is not None:
         if not softmax_before:
             raise ValueError(f"--convert-attention: {name} has no softmax where this model has fast weights.")
-        convert(state["model"], conversion.trainer.get_model(), name)
+        convert(state["model"], name, [flag.replace("-", "_") for flag in softmax_before], conversion.trainer)
     # fairseq overrides what a checkpoint has, and one of an earlier version lacks what there is to choose since.
     if isinstance(config, Mapping) and isinstance(config.get("model"), dict):
         for option in fields(FastWeightConfig):
