@@ -7,17 +7,17 @@
 options=(--rule sum --feature-map learned --key-normalization none --attention-normalization)
 everywhere=(--encoder-self-attention fast-weight --cross-attention fast-weight)
 # Of the finetuning: its learning rates, one for each epoch, and updates until the first is reached.
-rates=1e-3,6e-4,2e-4
-finetuning_epochs=3
-schedule=(--conversion-updates 40 --warmup-updates 30)
+rates=1e-3,3e-4
+epochs_after=2
+schedule=(--conversion-updates 100 --warmup-updates 30)
 
 usage() {
     cat <<END
 Usage: bash convert.sh [OPTION]... [-- FAIRSEQ_TRAIN_OPTION...]
 
 Train a model with softmax attention with run.sh, make fast weights of its decoder self-attention, and of the attention
-in all three places, and finetune these for $finetuning_epochs epochs. What is done already is not done again. The table is printed
-and written to OUTPUT/convert.md and OUTPUT/convert.csv. What follows -- is for the finetuning.
+in all three places, and finetune these for $epochs_after epochs. What is done already is not done again. The table is
+printed and written to OUTPUT/convert.md and OUTPUT/convert.csv. What follows -- is for the finetuning.
 END
 }
 
@@ -46,16 +46,16 @@ run=(bash "$recipe/run.sh" --output "$output" --python "$python" --venv "$venv"
 [[ -z $cache ]] || run+=(--cache "$cache")
 [[ -z $wheels ]] || run+=(--wheels "$wheels")
 
-# convert NAME OPTION...: make fast weights of the parent with this seed, and finetune them. As NAME-converted-seedN, one
-# update that changes nothing, and as NAME-finetuned-seedN.
+# convert PLACES OPTION...: make fast weights of the parent with this seed, as PLACES-converted-seedN after an update that
+# changes nothing, and as PLACES-finetuned-seedN.
 convert() {
-    local name=$1
+    local places=$1
     shift
-    local parent=(--finetune-from-model "models/softmax-seed$seed/checkpoint_best.pt" --convert-attention)
-    local more=("${parent[@]}" "${schedule[@]}" ${extra[@]+"${extra[@]}"})
-    "${run[@]}" --model "$name-converted-seed$seed" --seed "$seed" --epochs 1 "${options[@]}" "$@" -- \
+    local more=(--finetune-from-model "models/softmax-seed$seed/checkpoint_best.pt" --convert-attention "${schedule[@]}")
+    more+=(${extra[@]+"${extra[@]}"})
+    "${run[@]}" --model "$places-converted-seed$seed" --seed "$seed" --epochs 1 "${options[@]}" "$@" -- \
         "${more[@]}" --lr 0 --max-update 1
-    "${run[@]}" --model "$name-finetuned-seed$seed" --seed "$seed" --epochs "$finetuning_epochs" "${options[@]}" "$@" -- \
+    "${run[@]}" --model "$places-finetuned-seed$seed" --seed "$seed" --epochs "$epochs_after" "${options[@]}" "$@" -- \
         "${more[@]}" --lr "$rates"
 }
 
