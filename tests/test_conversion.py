@@ -1,6 +1,8 @@
 """A training can begin with a checkpoint of softmax attention, and makes fast weights of it."""
 
+import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +26,32 @@ OUR_LM = (*LM, "--arch", "fwp_transformer_lm")
 FAIRSEQS_LM = (*LM, "--arch", "transformer_lm", "--decoder-input-dim", 16, "--decoder-output-dim", 16)
 
 
-def trained(path: Path, flags: Flags, data: Path, fused: bool = False) -> dict[str, torch.Tensor]:
-    """Save a model of these flags, whose parameters no other has, and return its parameters."""
-    trainer = trainer_of(flags, data=data, seed=7, no_save_optimizer_state=True)
-    trainer.save_checkpoint(str(path), {"train_iterator": {"epoch": 1}})
-    state = saved(path)
-    parameters = dict(state["model"])
-    if fused:
-        # As they were before fairseq 0.9.
-        for name in [name for name in parameters if ".self_attn.q_proj." in name]:
-            parts = [state["model"].pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
-            state["model"][name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
-        torch.save(state, path)
-    return parameters
+@pytest.fixture(scope="module")
+def parent_of(small_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Saves a model of these flags, whose parameters no other has."""
+
+    @functools.cache
+    def parent_of(flags: Flags, fused: bool = False) -> Path:
+        path = tmp_path_factory.mktemp("parent") / "parent.pt"
+        trainer = trainer_of(flags, data=data_of(flags, small_corpus), seed=7, no_save_optimizer_state=True)
+        trainer.save_checkpoint(str(path), {"train_iterator": {"epoch": 1}})
+        if fused:
+            # As they were before fairseq 0.9.
+            state = saved(path)
+            for name in [name for name in state["model"] if ".self_attn.q_proj." in name]:
+                parts = [state["model"].pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+                state["model"][name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+            torch.save(state, path)
+        return path
+
+    return parent_of
+
+
+ParentOf = Callable[..., Path]
+
+
+def data_of(flags: Flags, corpus: Corpus) -> Path:
+    return corpus.language_model if "language_modeling" in flags else corpus.translation
 
 
 def begin(flags: Flags, data: Path, folder: Path, parent: Path, **given: Any) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -61,27 +76,29 @@ def begin(flags: Flags, data: Path, folder: Path, parent: Path, **given: Any) ->
     ids=["ours", "other parts", "one place more", "fairseq's of old", "fairseq's lm", "fairseq's lm of old"],
 )
 def test_what_fits_is_the_checkpoint_s_and_what_is_new_the_model_s(
-    small_corpus: Corpus, tmp_path: Path, parent: Flags, flags: Flags, kind: str
+    small_corpus: Corpus, parent_of: ParentOf, tmp_path: Path, parent: Flags, flags: Flags, kind: str
 ) -> None:
-    data = small_corpus.language_model if "language_modeling" in flags else small_corpus.translation
-    given = trained(tmp_path / "parent.pt", parent, data, kind == "fused")
-    trainer, before = begin(flags, data, tmp_path, tmp_path / "parent.pt")
+    data = data_of(flags, small_corpus)
+    given = saved(parent_of(parent))["model"]
+    trainer, before = begin(flags, data, tmp_path, parent_of(parent, kind == "fused"))
     after = trainer.get_model().state_dict()
     assert len(after.keys() & given.keys()) > 10
     for name, parameter in after.items():
         torch.testing.assert_close(parameter, given.get(name, before[name]), rtol=0, atol=0)
 
 
-def test_a_table_says_what_is_taken_and_what_is_new(small_corpus: Corpus, tmp_path: Path, caplog: Any) -> None:
-    trained(tmp_path / "parent.pt", (*OURS, *SOFTMAX), small_corpus.translation)
+def test_a_table_says_what_is_taken_and_what_is_new(
+    small_corpus: Corpus, parent_of: ParentOf, tmp_path: Path, caplog: Any
+) -> None:
+    parent = parent_of((*OURS, *SOFTMAX))
     flags = (*OURS, "--no-attention-bias", "--update-rule", "gated-delta", "--cross-attention", "fast-weight")
     with caplog.at_level(logging.INFO, "fwp_fairseq"):
-        begin(flags, small_corpus.translation, tmp_path, tmp_path / "parent.pt")
+        begin(flags, small_corpus.translation, tmp_path, parent)
     projections, biases = "k_proj, v_proj, q_proj, out_proj", "k_proj.bias, v_proj.bias, q_proj.bias, out_proj.bias"
     new = "write_proj, decay_proj, decay_proj.bias"
     (table,) = (record.getMessage() for record in caplog.records if "is converted" in record.getMessage())
     assert table.splitlines() == [
-        f"{tmp_path / 'parent.pt'} is converted:",
+        f"{parent} is converted:",
         "| attention | taken | new | left out |",
         f"| decoder.layers.*.self_attn | {projections} | {new} | {biases} |",
         f"| decoder.layers.*.encoder_attn | {projections} | {new} | {biases} |",
@@ -107,20 +124,24 @@ def test_a_table_says_what_is_taken_and_what_is_new(small_corpus: Corpus, tmp_pa
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
 def test_what_cannot_be_converted_is_refused_by_what_differs(
-    small_corpus: Corpus, tmp_path: Path, parent: Flags, flags: Flags, given: dict[str, Any], message: str
+    small_corpus: Corpus,
+    parent_of: ParentOf,
+    tmp_path: Path,
+    parent: Flags,
+    flags: Flags,
+    given: dict[str, Any],
+    message: str,
 ) -> None:
-    trained(tmp_path / "parent.pt", parent, small_corpus.translation)
     with pytest.raises(ValueError, match=message) as error:
-        begin(flags, small_corpus.translation, tmp_path, tmp_path / "parent.pt", **given)
+        begin(flags, small_corpus.translation, tmp_path, parent_of(parent), **given)
     assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_converted_training_goes_on_from_its_own_checkpoint_and_generates(
-    small_corpus: Corpus, tmp_path: Path, caplog: Any
+    small_corpus: Corpus, parent_of: ParentOf, tmp_path: Path, caplog: Any
 ) -> None:
-    trained(tmp_path / "parent.pt", (*OURS, *SOFTMAX), small_corpus.translation)
     options = {"data": small_corpus.translation, "save_dir": tmp_path, "convert_attention": True}
-    options |= {"finetune_from_model": str(tmp_path / "parent.pt"), "conversion_updates": 2}
+    options |= {"finetune_from_model": str(parent_of((*OURS, *SOFTMAX))), "conversion_updates": 2}
     for updates in (2, 4):
         caplog.clear()
         with caplog.at_level(logging.INFO, "fwp_fairseq"):
@@ -135,40 +156,33 @@ def outputs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
         return model.eval()(**batch)[0]
 
 
+LEARNED = ("--update-rule", "sum", "--feature-map", "learned", "--key-normalization", "none")
+
+
 @pytest.mark.parametrize(
     "flags",
     [
-        (
-            "--update-rule",
-            "sum",
-            "--feature-map",
-            "learned",
-            "--key-normalization",
-            "none",
-            "--attention-normalization",
-        ),
+        (*LEARNED, "--attention-normalization"),
         ("--update-rule", "gated-delta", "--feature-map", "dpfp", "--short-convolution", 2, "--no-attention-bias"),
         ("--update-rule", "fwm", "--feature-map", "tanh", "--key-normalization", "none"),
     ],
     ids=["sum, learned", "gated-delta, dpfp", "fwm"],
 )
-def test_attention_learns_to_give_what_softmax_gives(small_corpus: Corpus, tmp_path: Path, flags: Flags) -> None:
-    """Of any rule and map; what is not attention, and the data that comes, stays."""
-    data = small_corpus.translation
-    trained(tmp_path / "parent.pt", (*OURS, *SOFTMAX), data)
+def test_attention_learns_to_give_what_softmax_gives(
+    small_corpus: Corpus, parent_of: ParentOf, tmp_path: Path, flags: Flags
+) -> None:
+    """With any rule and map. What is not attention stays as it is."""
+    data, path = small_corpus.translation, parent_of((*OURS, *SOFTMAX))
     parent = trainer_of((*OURS, *SOFTMAX), data=data).get_model()
-    parent.load_state_dict(saved(tmp_path / "parent.pt")["model"])
+    parent.load_state_dict(saved(path)["model"])
     batch = translation_batch(parent, 8)
     expected = outputs(parent, batch)
-    found = {}
+    errors = {}
     for updates in (0, 30):
-        trainer, _ = begin(
-            (*OURS, *EVERYWHERE, *flags, "--conversion-updates", updates), data, tmp_path, tmp_path / "parent.pt"
-        )
+        trainer, _ = begin((*OURS, *EVERYWHERE, *flags), data, tmp_path, path, conversion_updates=updates)
         model = trainer.get_model()
-        found[updates] = outputs(model, batch)
+        errors[updates] = F.mse_loss(outputs(model, batch), expected).item()
         others = {name: x for name, x in model.state_dict().items() if "attn." not in name}
         assert all(torch.equal(x, parent.state_dict()[name]) for name, x in others.items())
         assert "forward" not in vars(model.decoder.layers[0].self_attn)
-    errors = {updates: F.mse_loss(x, expected).item() for updates, x in found.items()}
     assert errors[30] < 0.8 * errors[0]
