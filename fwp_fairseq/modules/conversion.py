@@ -52,17 +52,20 @@ def convert(parameters: dict[str, Tensor], checkpoint: str, places: Collection[s
     table: dict[str, dict[str, list[str]]] = {}
     for name in {**own, **parameters}:
         fate = "left out" if name not in own else "taken" if name in parameters else "new"
-        attention = next((prefix for prefix in attentions if name.startswith(f"{prefix}.")), None)
-        if attention is not None:
-            row, part = re.sub(r"\d+", "*", attention), name[len(attention) + 1 :].removesuffix(".weight")
+        module = next((module for module in attentions if name.startswith(f"{module}.")), None)
+        if module is not None:
+            row, part = re.sub(r"\d+", "*", module), name[len(module) + 1 :].removesuffix(".weight")
             table.setdefault(row, {}).setdefault(fate, []).append(part)
         elif fate != "taken":
             raise ValueError(
                 f"{checkpoint} cannot be converted, since only {'this model' if fate == 'new' else 'it'} has {name}: "
                 "give this model the flags of its training."
             )
-    models = {name: a for name, a in attentions.items() if _place(a) in places}
-    teachers = {name: _softmax_attention(a, _part(parameters, name)) for name, a in models.items()}
+    teachers = {
+        name: _softmax_attention(attention, _part(parameters, name))
+        for name, attention in attentions.items()
+        if _place(attention) in places
+    }
     for name in own.keys() - parameters.keys():
         parameters[name] = own[name].cpu()
     for name in parameters.keys() - own.keys():
@@ -75,7 +78,9 @@ def convert(parameters: dict[str, Tensor], checkpoint: str, places: Collection[s
     if updates:
         model.load_state_dict(parameters)
         learn(model, teachers, _batches(trainer, updates), updates)
-        parameters.update({name: x.cpu() for name, x in model.state_dict().items()})
+        for name in teachers:
+            learned = model.get_submodule(name).state_dict()
+            parameters.update({f"{name}.{part}": x.cpu() for part, x in learned.items()})
 
 
 def learn(model: Any, teachers: Mapping[str, Any], batches: Iterator[Any], updates: int) -> None:
@@ -151,7 +156,10 @@ def _softmax_attention(attention: FastWeightAttention, parameters: Mapping[str, 
 
 
 def _batches(trainer: Any, number: int) -> Iterator[Any]:
-    """So many batches as the training has them, in an order of their own."""
+    """So many batches as the training has them, in an order of their own.
+
+    Not by the trainer: in a training of several processes this one may be the only one here.
+    """
     task, cfg, model = trainer.task, trainer.cfg, trainer.get_model()
     task.load_dataset(cfg.dataset.train_subset, epoch=1, combine=True)
     epochs = task.get_batch_iterator(
