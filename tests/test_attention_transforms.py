@@ -17,7 +17,7 @@ CONFIGS = {
     "sum": {"feature_map": "elu", "key_normalization": "none", "attention_normalization": True},
     "delta": {"feature_map": "dpfp", "key_normalization": "sum"},
     "gated": {"feature_map": "favor", "key_normalization": "none"},
-    "gated-delta": {"feature_map": "favor", "key_normalization": "sum", "attention_normalization": True},
+    "gated-delta": {"feature_map": "learned", "key_normalization": "sum", "attention_normalization": True},
     "fwm": {"feature_map": "tanh", "key_normalization": "none"},
 }
 every_rule = pytest.mark.parametrize("rule", CONFIGS)

@@ -14,6 +14,7 @@ from fwp_fairseq.ops import (
     l2_normalize,
     sum_normalize,
 )
+from fwp_fairseq.ops.feature_maps import draw_learned, learned_exp, learned_exp_normalized
 
 
 def test_elu_plus_one_is_equation_30():
@@ -128,3 +129,21 @@ def test_features_and_their_gradients_are_finite_at_any_scale(normalize, scale):
         features = normalize(feature_map(x))
         features.square().sum().backward()
         assert torch.isfinite(features).all() and torch.isfinite(x.grad).all()
+
+
+def test_learned_features_grow_at_first_as_the_weights_of_softmax_do():
+    d_key, size = 8, 32
+    start = {name: x.double() for name, x in draw_learned(3, d_key, size).items()}
+    x, y = 1e-3 * torch.randn(2, 3, 100, d_key, dtype=torch.float64)
+    phi_x, phi_y = learned_exp(x, **start), learned_exp(y, **start)
+    lengths = (x.square() + y.square()).sum(dim=-1) / (2 * math.sqrt(d_key))
+    kernel = (phi_x * phi_y).sum(dim=-1).log() - math.log(size)
+    torch.testing.assert_close(kernel - lengths, (x * y).sum(dim=-1) / math.sqrt(d_key), rtol=0, atol=1e-9)
+
+
+def test_normalised_learned_features_are_those_of_a_softmax():
+    x, start = torch.randn(2, 3, 7, 4), draw_learned(3, 4, 5)
+    assert start["weight"].shape == (3, 5, 4) and start["bias"].shape == (3, 1, 5)
+    torch.testing.assert_close(learned_exp_normalized(x, **start), sum_normalize(learned_exp(x, **start)))
+    far = learned_exp(1e6 * x, **start), learned_exp_normalized(1e6 * x, **start)
+    assert all(features.isfinite().all() for features in far)

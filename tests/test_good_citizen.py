@@ -312,7 +312,7 @@ BASES = {
     + [*places("softmax"), *places("fast-weight", "encoder-self-attention")],
     "cross-attention of its own": ["--whole-memory-update-rule", "delta", "--cross-update-rule", "sum"]
     + ["--cross-attention-normalization", *places("fast-weight")],
-    "cross-attention only": ["--cross-feature-map", "favor"]
+    "cross-attention only": ["--cross-feature-map", "learned"]
     + [*places("softmax"), *places("fast-weight", "cross-attention")],
     "normalised everywhere": ["--update-rule", "sum", "--attention-normalization", *places("fast-weight")],
     "softmax": places("softmax"),
@@ -350,6 +350,7 @@ def warned(caplog: Any) -> list[str]:
 
 def test_every_option_of_fast_weights_is_tried() -> None:
     of_computing = {"fast_weight_backend", "decoding_weights", "log_memory", "cpu", "_name"}
+    of_computing |= {"convert_attention", "conversion_updates"}
     assert {*CHANGES, *of_computing} == set(FastWeightConfig.__dataclass_fields__)
 
 

@@ -117,6 +117,7 @@ OPTIONS = {
     "cross+self attention": ["--no-cross-attention", "--cross-self-attention"],
     "attention normalisation": ["--update-rule", "sum", "--feature-map", "elu", "--attention-normalization"],
     "favor": ["--feature-map", "favor", "--favor-features", "6"],
+    "learned": ["--feature-map", "learned", "--learned-features", "6"],
     "dpfp-3": ["--dpfp-nu", "3"],
     "gated delta": ["--update-rule", "gated-delta"],
     "gated": ["--update-rule", "gated"],

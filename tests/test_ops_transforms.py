@@ -41,9 +41,11 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def _register(name: str) -> None:
     feature_map = FEATURE_MAPS[name]
+    learned = {} if feature_map.learned is None else feature_map.learned(1, 4, **defaults(feature_map))
 
     def apply(x: Tensor, normalization: str = "none") -> Tensor:
         drawn = {} if feature_map.draw is None else {"projection": PROJECTION.to(x.dtype)}
+        drawn |= {name: parameter.squeeze().to(x.dtype) for name, parameter in learned.items()}
         return feature_map.features(x, normalization, **defaults(feature_map), **drawn)
 
     FUNCTIONS[name] = apply

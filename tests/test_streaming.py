@@ -34,7 +34,7 @@ RULES = {
     "attention normalisation": ["--update-rule", "sum", "--feature-map", "elu", "--attention-normalization"],
     "delta, attention normalisation": ["--feature-map", "elu", "--attention-normalization"],
     "gated-delta, favor": ["--update-rule", "gated-delta", "--feature-map", "favor", "--favor-features", "6"],
-    "gated": ["--update-rule", "gated"],
+    "gated, learned": ["--update-rule", "gated", "--feature-map", "learned"],
     "fwm": ["--update-rule", "fwm", "--feature-map", "tanh", "--key-normalization", "none"],
 }
 

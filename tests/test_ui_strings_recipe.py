@@ -223,7 +223,7 @@ def test_files_of_somebody_else_are_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["data-bin"]
 
 
-@pytest.mark.parametrize("name", ["run.sh", "translate.sh", "compare.sh", "lm.sh"])
+@pytest.mark.parametrize("name", ["run.sh", "translate.sh", "compare.sh", "convert.sh", "lm.sh"])
 def test_help_lists_every_option_and_does_no_work(name: str, tmp_path: Path) -> None:
     done = script(name, "--help", FWP_OUTPUT=str(tmp_path / "out"))
     assert done.returncode == 0

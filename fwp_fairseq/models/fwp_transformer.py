@@ -25,6 +25,7 @@ from fwp_fairseq.models.memory_log import LogsMemory
 from fwp_fairseq.models.options import complete_pruning, name_dropout, plain_options
 from fwp_fairseq.modules import int8_linear
 from fwp_fairseq.modules.carried_state import CarriesState, IncrementalState, InThread
+from fwp_fairseq.modules.conversion import check_shapes
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 from fwp_fairseq.modules.fast_weight_cross_attention import FastWeightCrossAttention
@@ -114,13 +115,7 @@ class LoadsCheckpoints:
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None) -> Any:
         complete_pruning(self, state_dict, model_cfg)
-        for name, own in self.state_dict().items():  # type: ignore[attr-defined]
-            given = state_dict.get(name)
-            if given is not None and given.shape != own.shape:
-                raise ValueError(
-                    f"{name} has the shape {tuple(given.shape)} in the checkpoint and {tuple(own.shape)} in this "
-                    "model: give it the flags and the dictionaries of its training."
-                )
+        check_shapes(state_dict, self.state_dict())  # type: ignore[attr-defined]
         return super().load_state_dict(state_dict, strict, model_cfg, args)  # type: ignore[misc]
 
 

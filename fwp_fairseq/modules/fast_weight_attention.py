@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
 import torch
+from fairseq.modules import MultiheadAttention
 from fairseq.modules.fairseq_dropout import FairseqDropout
 from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor, nn
@@ -46,6 +47,8 @@ class FastWeightAttention(AttentionWithState):
 
     encoder_decoder_attention = False
     gates: TokenGates
+    # Of a checkpoint in which the projections of softmax attention are one matrix.
+    upgrade_state_dict_named = MultiheadAttention.upgrade_state_dict_named
 
     def __init__(
         self,
@@ -93,6 +96,7 @@ class FastWeightAttention(AttentionWithState):
             str(config.feature_map),
             str(config.key_normalization),
             self.head_dim,
+            num_heads,
             **config.choices(config.map.options),
         )
         # Linear layers by name, and the inputs that they are of.

@@ -106,6 +106,14 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
         default="float32",
         metadata={"help": "products of the decoder's linear layers in generation on a processor: int8 is quicker"},
     )
+    convert_attention: bool = field(
+        default=False,
+        metadata={"help": "make fast weights of the softmax attention of the checkpoint of --finetune-from-model"},
+    )
+    conversion_updates: int = field(
+        default=100,
+        metadata={"help": "updates in which converted attention learns what softmax attention gives, before training"},
+    )
     log_memory: int = field(
         default=0,
         metadata={"help": "log write strengths, decays, norm and rank of the memories every so many updates; 0: never"},
@@ -158,6 +166,8 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
             reason = self._why_without_effect(prefix, name, places)
             if reason is not None:
                 reasons[prefix + name] = reason
+        if not self.convert_attention:
+            reasons["conversion_updates"] = "there is no --convert-attention"
         if set(places) == {ENCODER_SELF_ATTENTION}:
             reasons["decoding_weights"] = "the decoder has no fast weights"
         in_use = [self.for_place(place) for place in PLACES if place in places]
@@ -206,8 +216,9 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
         combinations that are allowed but known to diverge or to hurt.
         """
         _check_choice("--key-normalization", self.key_normalization, KEY_NORMALIZATIONS)
-        if self.log_memory < 0:
-            raise ValueError(f"--log-memory is {self.log_memory}, it must be at least 0")
+        for name in ("log_memory", "conversion_updates"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{_flag(name)} is {getattr(self, name)}, it must be at least 0")
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(
                 f"--{place}-attention-heads is {num_heads}, it must divide --{place}-embed-dim, which is {embed_dim}"

@@ -13,7 +13,8 @@ from fwp_fairseq.ops.numerics import state_dtype
 class KeyFeatures(nn.Module):
     """Map (..., d_key) keys and queries to the (..., d_dot) vectors that address the memory; ``size`` is d_dot.
 
-    ``choices`` are values of options by name, among them those of the feature map.
+    ``choices`` are values of options by name, among them those of the feature map. One that learns does so for each of
+    ``num_heads`` heads: it wants (..., num_heads, L, d_key).
 
     FAVOR+ draws a new projection for every call in training (the paper: for every mini-batch), and uses the one of its
     construction, which checkpoints carry, in evaluation. Keys and queries that meet must go through one call.
@@ -21,7 +22,7 @@ class KeyFeatures(nn.Module):
 
     projection: Optional[Tensor]
 
-    def __init__(self, feature_map: str, normalization: str, d_key: int, **choices: Any) -> None:
+    def __init__(self, feature_map: str, normalization: str, d_key: int, num_heads: int = 1, **choices: Any) -> None:
         super().__init__()
         if normalization not in KEY_NORMALIZATIONS:
             raise ValueError(f"normalization is {normalization}, allowed are {', '.join(KEY_NORMALIZATIONS)}")
@@ -32,6 +33,10 @@ class KeyFeatures(nn.Module):
         self.size = self.map.size(d_key, **self.choices)
         draw = self.map.draw
         self.register_buffer("projection", None if draw is None else draw(d_key, **self.choices))
+        learned = {} if self.map.learned is None else self.map.learned(num_heads, d_key, **self.choices)
+        self.learned = list(learned)
+        for name, start in learned.items():
+            self.register_parameter(name, nn.Parameter(start))
 
     @property
     def map(self) -> FeatureMap:
@@ -63,6 +68,7 @@ class KeyFeatures(nn.Module):
         wide = x.to(state_dtype(x.dtype))
         if projection is not None:
             choices["projection"] = projection.to(wide)
+        choices.update({name: getattr(self, name).to(wide) for name in self.learned})
         features = self.map.features(wide, self.normalization, **choices)
         if self.normalization == "none" and x.dtype == torch.float16:
             # An infinite feature would make NaN of everything that meets it.

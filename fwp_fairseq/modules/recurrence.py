@@ -90,7 +90,7 @@ class Recurrence(NamedTuple):
     def read(self, q: Tensor, memory: Tensor, normalizer: Optional[Tensor], features: KeyFeatures) -> Tensor:
         """What queries read from memories that were finished before, shared as in ``whole``."""
         if q.size(2) == 1 and not torch.is_grad_enabled() and self._is_compiled(q, features):
-            (asked,), compiled = _as_compiled(features, q.squeeze(2))
+            (asked,), compiled = _as_compiled(features, q)
             return native.read(asked, memory, normalizer, compiled).unsqueeze(2)
         (asked,) = features(q)
         return self._read(asked, memory, normalizer)
@@ -114,7 +114,7 @@ class Recurrence(NamedTuple):
             memory = q.new_zeros(*q.shape[:2], features.size, v.size(3), dtype=state_dtype(q.dtype))
             normalizer = memory.new_zeros(*memory.shape[:3], 1) if self.normalized else None
             state.put(**{MEMORY: memory, NORMALIZER: normalizer})
-        (q, k), compiled = _as_compiled(features, q.squeeze(2), k.squeeze(2))
+        (q, k), compiled = _as_compiled(features, q, k)
         v, (write, erase, decay) = v.squeeze(2), (None if gate is None else gate.squeeze(2) for gate in gates)
         return state.step_in_places(
             lambda order, places: native.step(q, k, v, write, erase, decay, memory, normalizer, order, places, compiled)
@@ -162,10 +162,13 @@ class Recurrence(NamedTuple):
 
 
 def _as_compiled(features: KeyFeatures, *projected: Tensor) -> tuple[tuple[Tensor, ...], native.AddressFeatures]:
-    """Keys or queries for the compiled operators, and what these have to do: map them, or take them as mapped."""
+    """Keys or queries of one token, (B, H, 1, d_key), for the compiled operators, and what these have to do.
+
+    That is to map them, or to take them as mapped.
+    """
     if native.has_feature_map(features.feature_map):
-        return projected, features.address_features()
-    return features(*projected), native.AddressFeatures("none")
+        return tuple(x.squeeze(2) for x in projected), features.address_features()
+    return tuple(x.squeeze(2) for x in features(*projected)), native.AddressFeatures("none")
 
 
 def _cut(gates: Gates, where: "slice | int") -> Gates:

@@ -116,8 +116,14 @@ class FastWeights:
     def memory(self, key: Tensor, padding: Optional[Tensor]) -> Tensor:
         """The state after the tokens of (B, T, C)."""
         k, v, gates = self.keys_and_gates(key, padding)
-        (k,) = self.attention.features(k)
+        (k,) = self._features(k)
         return self.recurrence.memory(k, v, gates)
+
+    def _features(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Of (B, T, H, D), before the feature map: (B, T, H, Dk)."""
+        if not self.attention.features.learned:
+            return self.attention.features(*inputs)
+        return tuple(x.transpose(1, 2) for x in self.attention.features(*(x.transpose(1, 2) for x in inputs)))
 
     def read(self, q: Tensor, state: Tensor) -> Tensor:
         """(B, H, T, D) queries before the feature map -> (B, T, H, D)."""
@@ -147,7 +153,7 @@ class CausalFastWeights(FastWeights):
         x = query.transpose(0, 1)
         padding, memory = None if self.one_token else key_padding_mask, f"{self.name}.state"
         k, v, gates = self.keys_and_gates(x, padding)
-        q, k = self.attention.features(self.queries(x, padding), k)
+        q, k = self._features(self.queries(x, padding), k)
         read, self.states[memory] = self.recurrence.causal(q, k, v, gates, self.states[memory], self.one_token)
         return self.put_out(read, x), None
 

@@ -137,6 +137,38 @@ def favor_plus_normalized(x: Tensor, projection: Tensor) -> Tensor:
     return torch.cat([projected, -projected], dim=-1).softmax(dim=-1)
 
 
+def draw_learned(num_heads: int, d_key: int, size: int) -> dict[str, Tensor]:
+    """W, (H, size, d_key), and b, (H, 1, size), with which learned features start: pairs of opposite directions.
+
+    They are orthogonal within blocks of d_key, and of length d_key^(1/4): φ(q)·φ(k) then grows with q·k, at first,
+    as exp(q·k / sqrt(d_key)) does, the weight that softmax attention gives.
+    """
+    drawn = torch.stack([draw_favor_projection(d_key, (size + 1) // 2) for _ in range(num_heads)])
+    directions = drawn / drawn.norm(dim=-1, keepdim=True) * d_key**0.25
+    weight = torch.cat([directions, -directions], dim=1)[:, :size]
+    return {"weight": weight, "bias": torch.zeros(num_heads, 1, size)}
+
+
+def _exponents(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x @ weight.transpose(-1, -2) + bias
+
+
+@without_autocast
+def learned_exp(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """exp(W x + b), of each head. Shapes: (..., H, L, d_key), (H, size, d_key), (H, 1, size) -> (..., H, L, size).
+
+    Kasai et al. (2021) have relu in the place of exp, which Zhang et al. (2024, "The Hedgehog & the Porcupine") found
+    to be nearer to softmax attention. Exponents above 40 are cut off, as those of FAVOR+ are.
+    """
+    return _exponents(x, weight, bias).clamp(max=_LARGEST_EXPONENT).exp()
+
+
+@without_autocast
+def learned_exp_normalized(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``sum_normalize(learned_exp(x, weight, bias))`` as softmax(W x + b), which cannot overflow. Shapes as there."""
+    return _exponents(x, weight, bias).softmax(dim=-1)
+
+
 @without_autocast
 def sum_normalize(x: Tensor) -> Tensor:
     """x / sum(x) over the last dimension, for non-negative x (eq. 29). Shape: (..., D) -> (..., D). 0 maps to 0."""
@@ -177,6 +209,8 @@ class FeatureMap:
     signed: it has negative features, so that nothing can be divided by their sums.
     options: what a user can choose of it.
     draw: a random matrix, ``projection``, drawn anew for every call in training.
+    learned: parameters at their start, by the names by which ``apply`` gets them; it is called with the number of heads
+    before d_key. Keys then have the heads and the time as their dimensions before the last: (..., H, L, d_key).
     up_to_a_factor: the same as ``apply`` but for a positive factor for each key, where a normalisation takes that away.
     Its features have the sum 1.
     """
@@ -187,6 +221,7 @@ class FeatureMap:
     signed: bool = False
     options: tuple[Option, ...] = ()
     draw: Optional[Callable[..., Tensor]] = None
+    learned: Optional[Callable[..., dict[str, Tensor]]] = None
     up_to_a_factor: Optional[Callable[..., Tensor]] = None
 
     def features(self, x: Tensor, normalization: str, **choices: Any) -> Tensor:
@@ -238,6 +273,21 @@ FEATURE_MAPS = {
                     why_not=_why_no_nu,
                 ),
             ),
+        ),
+        FeatureMap(
+            "learned",
+            size=lambda d_key, learned_features: learned_features,
+            apply=lambda x, weight, bias, learned_features: learned_exp(x, weight, bias),
+            options=(
+                Option(
+                    "learned_features",
+                    64,
+                    "learned features per head: a memory has as many rows",
+                    why_not=_why_no_count,
+                ),
+            ),
+            learned=lambda num_heads, d_key, learned_features: draw_learned(num_heads, d_key, learned_features),
+            up_to_a_factor=lambda x, weight, bias, learned_features: learned_exp_normalized(x, weight, bias),
         ),
         FeatureMap("tanh", size=lambda d_key: d_key, apply=torch.tanh, signed=True),
         FeatureMap("silu", size=lambda d_key: d_key, apply=F.silu, signed=True),

@@ -113,8 +113,8 @@ def make_table(rows: Sequence[Sequence[str]], results: dict[tuple[str, int], Res
     return "\n".join(lines) + "\n"
 
 
-def write_tables(output: Path, rows: Sequence[Sequence[str]], seeds: Sequence[int]) -> None:
-    """Print and write the comparison of the models OUTPUT/models/NAME-seedN that are there."""
+def write_tables(output: Path, name: str, rows: Sequence[Sequence[str]], seeds: Sequence[int]) -> None:
+    """Print and write the comparison of the models OUTPUT/models/NAME-seedN that are there, as OUTPUT/``name``."""
     results: dict[tuple[str, int], Result] = {}
     table = io.StringIO()
     lines = csv.writer(table, lineterminator="\n")
@@ -127,8 +127,8 @@ def write_tables(output: Path, rows: Sequence[Sequence[str]], seeds: Sequence[in
                 results[model, seed] = result
                 lines.writerow([attention, places, seed, *(result[k] for k in ("bleu", "valid_nll", "train_minutes"))])
     markdown = make_table(rows, results, seeds)
-    write(output / "compare.csv", table.getvalue())
-    write(output / "compare.md", markdown)
+    write(output / f"{name}.csv", table.getvalue())
+    write(output / f"{name}.md", markdown)
     print(markdown, end="")
 
 
@@ -140,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commands.add_parser(name).add_argument("model", type=Path)
     table = commands.add_parser("table")
     table.add_argument("--output", type=Path, required=True, metavar="DIR")
+    table.add_argument("--name", default="compare", help="of the files")
     table.add_argument("--seeds", type=int, nargs="+", required=True, metavar="N")
     help_row = "attention, places and model name"
     table.add_argument("--row", nargs=3, action="append", required=True, metavar=("A", "P", "M"), help=help_row)
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.command == "samples":
         print_samples(options.model)
     else:
-        write_tables(options.output, options.row, options.seeds)
+        write_tables(options.output, options.name, options.row, options.seeds)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Make fast weights of trained softmax attention: parent, converted, and finetuned, with several seeds. See README.md.
+
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+# What reads most like softmax attention.
+options=(--rule sum --feature-map learned --key-normalization none --attention-normalization)
+everywhere=(--encoder-self-attention fast-weight --cross-attention fast-weight)
+# Of the finetuning: its learning rates, one for each epoch, and updates until the first is reached.
+rates=1e-3,3e-4
+epochs_after=2
+schedule=(--conversion-updates 100 --warmup-updates 30)
+
+usage() {
+    cat <<END
+Usage: bash convert.sh [OPTION]... [-- FAIRSEQ_TRAIN_OPTION...]
+
+Train a model with softmax attention with run.sh, make fast weights of its decoder self-attention, and of the attention
+in all three places, and finetune these for $epochs_after epochs. What is done already is not done again. The table is
+printed and written to OUTPUT/convert.md and OUTPUT/convert.csv. What follows -- is for the finetuning.
+END
+}
+
+common_options
+option cache text "" "folder for downloaded wheels (default: that of run.sh)"
+option wheels text "" "take the strings from the wheels in this folder, download none"
+option vocab-size count 4000 "pieces of the sentencepiece vocabulary that both languages share"
+option valid-size count 500 "pairs for validation"
+option test-size count 500 "pairs for the score"
+option epochs count 18 "passes over the training pairs of the model with softmax attention"
+option seeds text "1 2 3" "seeds to train each with, between spaces"
+parse_options "$@"
+((!${#words[@]})) || fail "unexpected argument '${words[0]}' (--help lists the options)."
+read -ra seed_list <<<"$seeds"
+((${#seed_list[@]})) || fail "--seeds is empty."
+for seed in "${seed_list[@]}"; do
+    check_option seed number
+done
+[[ -z $wheels || $wheels == /* ]] || wheels=$PWD/$wheels
+[[ -z $cache || $cache == /* ]] || cache=$PWD/$cache
+enter_output
+
+run=(bash "$recipe/run.sh" --output "$output" --python "$python" --venv "$venv"
+    --vocab-size "$vocab_size" --valid-size "$valid_size" --test-size "$test_size")
+[[ -z $threads ]] || run+=(--threads "$threads")
+[[ -z $cache ]] || run+=(--cache "$cache")
+[[ -z $wheels ]] || run+=(--wheels "$wheels")
+
+# convert PLACES OPTION...: make fast weights of the parent with this seed, as PLACES-converted-seedN after an update that
+# changes nothing, and as PLACES-finetuned-seedN.
+convert() {
+    local places=$1
+    shift
+    local more=(--finetune-from-model "models/softmax-seed$seed/checkpoint_best.pt" --convert-attention "${schedule[@]}")
+    more+=(${extra[@]+"${extra[@]}"})
+    "${run[@]}" --model "$places-converted-seed$seed" --seed "$seed" --epochs 1 "${options[@]}" "$@" -- \
+        "${more[@]}" --lr 0 --max-update 1
+    "${run[@]}" --model "$places-finetuned-seed$seed" --seed "$seed" --epochs "$epochs_after" "${options[@]}" "$@" -- \
+        "${more[@]}" --lr "$rates"
+}
+
+for seed in "${seed_list[@]}"; do
+    "${run[@]}" --model "softmax-seed$seed" --seed "$seed" --epochs "$epochs" --softmax
+    convert decoder
+    convert all "${everywhere[@]}"
+done
+
+[[ $venv == none ]] || python=$venv/bin/python
+"$python" "$recipe/report.py" table --output . --name convert --seeds "${seed_list[@]}" \
+    --row softmax nowhere softmax \
+    --row converted "decoder self-attention" decoder-converted \
+    --row "converted and finetuned" "decoder self-attention" decoder-finetuned \
+    --row converted "all three places" all-converted \
+    --row "converted and finetuned" "all three places" all-finetuned

@@ -1,0 +1,53 @@
+"""recipes/ui_strings/convert.sh asks run.sh for the models that its table is of."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from recipe_scripts import AWKWARD, RECIPES, script
+
+# In the place of run.sh: notes what it was asked for, and has a result of it.
+STUB = """
+printf '%s\\n' "$*" >>"$NOTES"
+while [[ $1 != --output ]]; do shift; done; output=$2
+while [[ $1 != --model ]]; do shift; done; folder=$output/models/$2
+mkdir -p -- "$folder"
+printf '%s' '{"bleu": 30.5, "valid_nll": 3.25, "train_minutes": 1.0}' >"$folder/result.json"
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A copy of the recipe whose run.sh does nothing, with a folder for what is made beside it."""
+    shutil.copy(RECIPES / "common.sh", tmp_path)
+    shutil.copytree(RECIPES / "ui_strings", tmp_path / "ui_strings")
+    (tmp_path / "ui_strings" / "run.sh").write_text(STUB)
+    return tmp_path / "ui_strings"
+
+
+def test_every_seed_has_a_parent_and_what_is_made_of_it(recipe: Path, tmp_path: Path) -> None:
+    output, notes = tmp_path / AWKWARD, tmp_path / "notes"
+    arguments = ("--output", output, "--seeds", "1 4", "--epochs", 5, "--", "--dropout", 0.3)
+    done = script(recipe / "convert.sh", *arguments, NOTES=str(notes))
+    assert done.returncode == 0, done.stderr
+    asked = notes.read_text().splitlines()
+    for seed, (parent, *made) in zip((1, 4), (asked[:5], asked[5:])):
+        assert f"--model softmax-seed{seed} --seed {seed} --epochs 5 --softmax" in parent and "--dropout" not in parent
+        kinds = [f"{places}-{kind}" for places in ("decoder", "all") for kind in ("converted", "finetuned")]
+        for kind, line in zip(kinds, made, strict=True):
+            assert f"--model {kind}-seed{seed} --seed {seed}" in line
+            assert f"--finetune-from-model models/softmax-seed{seed}/checkpoint_best.pt --convert-attention" in line
+            assert ("--cross-attention fast-weight" in line) == kind.startswith("all")
+            assert ("--lr 0 --max-update 1" in line) == kind.endswith("converted") and "--dropout 0.3" in line
+    table = (output / "convert.md").read_text()
+    assert done.stdout.endswith(table) and table.count("| 30.5 | 30.5 | 30.5 | 3.250 | 1.0 |") == 5
+    assert len((output / "convert.csv").read_text().splitlines()) == 1 + 2 * 5
+    assert json.loads((output / "models" / "all-finetuned-seed4" / "result.json").read_text())["bleu"] == 30.5
+
+
+@pytest.mark.parametrize("option, value", [("--seeds", "1 x"), ("--seeds", " "), ("--epochs", "0")])
+def test_bad_values_are_refused_before_any_work(recipe: Path, tmp_path: Path, option: str, value: str) -> None:
+    done = script(recipe / "convert.sh", "--output", tmp_path / "out", option, value)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
