@@ -48,7 +48,7 @@ inline void dot_rows(const Linear& p, int64_t output) {
         const int64_t now = (p.rows - r + tiles - 1) / tiles;
         const auto tile = [&](auto rows) {
             dot_tile<T, rows.value, OUTPUTS>(
-                p.inputs, x + r * p.inputs, p.inputs, w, p.weight_row, bias, y + r * p.outputs, p.outputs);
+                p.inputs, x + r * p.inputs, p.inputs, w, p.weight_row, bias, y + r * p.y_row, p.y_row);
         };
         switch (now) {
         case 5: tile(std::integral_constant<int, 5>()); break;

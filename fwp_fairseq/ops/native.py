@@ -179,6 +179,32 @@ def few_rows_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Opti
     return torch.ops.fwp_fairseq.few_rows_linears.default(x, weights, biases)
 
 
+def new_decoder_step() -> Any:
+    """A program for one token of all layers of a decoder, empty at first: what follows adds an operation to its end.
+
+    An operation makes another x (rows, columns) of the one that it finds. All is float32, on a processor.
+
+        keep(), add()                              keeps x; adds what was kept last
+        normalize(weight, bias, epsilon)           layer norm of all columns
+        activate(name)                             relu or gelu
+        multiply(inputs, weights, biases, offsets, worths)
+                                                   linear layers, whose outputs come to stand beside each other; with
+                                                   ``offsets`` and ``worths`` (None: without) of ``pack_integers``
+        remember(layer, heads, d_key, d_dot, feature_map, nu, key_normalization, projection, normalized, has_beta,
+                 has_alpha, range, gates)          ``step`` of queries, keys, values and logits of beta and alpha, in
+                                                   memories[layer]; gates: ``UpdateRule.as_sums``
+        look_at(first, heads, gives_weights)       softmax attention to sources[first]: keys, then values, both
+                                                   (sentences, H, S, D), and padding (sentences, S), which may be empty
+        recall(first, heads, d_key, d_dot, feature_map, nu, key_normalization, projection, normalized)
+                                                   ``read`` of sources[first], then the normalizer
+
+    ``run(x, padding, memories, normalizers, order, places, sources)`` runs it for x (rows, columns) and returns what x
+    is in the end, weights of attention (rows, 1, S), empty if nothing gives them, and places, as ``step`` has them. All
+    layers have their memories in the same places. Raises ValueError, or IndexError for an order out of range.
+    """
+    return torch.classes.fwp_fairseq.DecoderStep()
+
+
 def _arguments(features: AddressFeatures, state: Tensor) -> tuple[Optional[Tensor], str, int, str]:
     feature_map, nu, key_normalization, projection = features
     return None if projection is None else projection.to(state.dtype), feature_map, nu, key_normalization
