@@ -2,8 +2,10 @@
 // search, from the layers' parameters, and runs for every token.
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
@@ -24,6 +26,9 @@ using std::optional;
 
 const float* numbers(const Tensor& x) { return x.const_data_ptr<float>(); }
 const float* numbers(const optional<Tensor>& x) { return x ? numbers(*x) : nullptr; }
+
+// With more of them products are bound by arithmetic, and the BLAS is as good.
+constexpr int64_t kFewRows = 64;
 
 // Rows of numbers that an operation reads and the next one writes: one piece of memory, which grows.
 struct Rows {
@@ -139,6 +144,10 @@ struct Multiply : Operation {
                             r.steps.data() + begin);
             });
         }
+        if (!integers && r.rows > kFewRows) {
+            multiply_by_blas(r, y);
+            return r.turn();
+        }
         int64_t panels = 0;
         for (const Weight& w : weights) panels += panels_of(w);
         r.team.share(panels, kPanel * inputs * cost(r.rows), [&](int64_t begin, int64_t end) {
@@ -153,6 +162,15 @@ struct Multiply : Operation {
     }
 
   private:
+    void multiply_by_blas(Run& r, float* y) const {
+        const Tensor x = at::from_blob(r.data(), {r.rows, inputs}, at::kFloat);
+        for (const Weight& w : weights) {
+            Tensor to = at::from_blob(y, {r.rows, w.outputs}, {outputs, 1}, at::kFloat);
+            w.bias ? at::addmm_out(to, *w.bias, x, w.matrix.t()) : at::mm_out(to, x, w.matrix.t());
+            y += w.outputs;
+        }
+    }
+
     static int64_t panels_of(const Weight& w) { return (w.outputs + kPanel - 1) / kPanel; }
 
     // Reading a weight counts as one multiply-add at least.
@@ -306,6 +324,7 @@ struct Recall : Operation {
 // A program of operations; see fwp_fairseq/ops/native.py.
 struct DecoderStep : torch::CustomClassHolder {
     std::vector<std::unique_ptr<Operation>> operations;
+    bool integers = false;
 
     void keep() { operations.push_back(std::make_unique<Keep>()); }
     void add() { operations.push_back(std::make_unique<Add>()); }
@@ -321,7 +340,9 @@ struct DecoderStep : torch::CustomClassHolder {
 
     void multiply(int64_t inputs, const std::vector<Tensor>& weights, const c10::List<optional<Tensor>>& biases,
                   const c10::List<optional<Tensor>>& offsets, const c10::List<optional<Tensor>>& worths) {
-        operations.push_back(std::make_unique<Multiply>(inputs, weights, biases, offsets, worths));
+        auto made = std::make_unique<Multiply>(inputs, weights, biases, offsets, worths);
+        integers |= made->integers;
+        operations.push_back(std::move(made));
     }
 
     void remember(int64_t layer, int64_t heads, int64_t d_key, int64_t d_dot, const std::string& map, int64_t nu,
@@ -377,7 +398,8 @@ struct DecoderStep : torch::CustomClassHolder {
         if (moves) moving.new_places = moved.data_ptr<int64_t>();
         const Moves plan = fwp::plan(moving);
         Tensor out, weights;
-        Team::run([&](Team& team) {
+        // The BLAS has threads of its own.
+        Team::run(rows <= kFewRows || integers, [&](Team& team) {
             Run r{team, rows, {}, {}, {}, padding ? hidden.const_data_ptr<bool>() : nullptr, memories, normalizers,
                   sources, moving, plan, {}, {}, {}};
             std::copy_n(numbers(input), input.numel(), r.x.resize(rows, input.size(1)));

@@ -67,7 +67,11 @@ inline Integers four_inputs(const uint8_t* from) {
     std::memcpy(&four, from, 4);
     return _mm512_set1_epi32(four);
 }
-inline Integers add_products(Integers sum, Integers x, Integers w) { return _mm512_dpbusd_epi32(sum, x, w); }
+inline Integers add_products(Integers sum, Integers x, Integers w) {
+    // As _mm512_dpbusd_epi32, for which compilers copy the sum, and load w for each row.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+    return sum;
+}
 inline Integers no_integers() { return _mm512_setzero_si512(); }
 constexpr int kIntegerRows = 6, kIntegerPanels = 4;
 #elif defined(FWP_AVX2)
@@ -139,12 +143,15 @@ inline void integer_tile(const IntegerLinear& p, int64_t row, int64_t panel) {
         for (int n = 0; n < PANELS; ++n) {
             int32_t found[kPanel];
             std::memcpy(found, &sum[r][n], sizeof found);
-            const int64_t first = (panel + n) * kPanel, count = std::min<int64_t>(kPanel, p.outputs - first);
-            float* y = p.y + (row + r) * p.y_row + first;
-            for (int64_t o = 0; o < count; ++o) {
-                const float product = float(found[o] - p.offset[first + o]) * p.worth[first + o] * p.step[row + r];
-                y[o] = p.bias ? p.bias[first + o] + product : product;
-            }
+            const int64_t first = (panel + n) * kPanel, count = p.outputs - first;
+            // Of as many outputs as there usually are the compiler makes a vector.
+            const auto finish = [&, step = p.step[row + r], y = p.y + (row + r) * p.y_row + first](int64_t outputs) {
+                for (int64_t o = 0; o < outputs; ++o) {
+                    const float product = float(found[o] - p.offset[first + o]) * p.worth[first + o] * step;
+                    y[o] = p.bias ? p.bias[first + o] + product : product;
+                }
+            };
+            count < kPanel ? finish(count) : finish(kPanel);
         }
 }
 

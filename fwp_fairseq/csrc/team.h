@@ -17,10 +17,13 @@ namespace fwp {
 
 class Team {
   public:
-    // Runs `lead(team)` on this thread, with the help of torch's other threads.
+    // Runs `lead(team)` on this thread, with the help of torch's other threads: `together`, or coming for each work and
+    // waiting at its end, so that `lead` can call what has threads of its own.
     template <class Lead>
-    static void run(const Lead& lead) {
+    static void run(bool together, const Lead& lead) {
         Team team;
+        team.together_ = together;
+        if (!together) return lead(team);
         const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
         team.alone_ = threads == 1;
         at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
@@ -36,6 +39,7 @@ class Team {
     void share(int64_t count, int64_t cost, const F& f) {
         constexpr int64_t kWorthSharing = 30000, kMostParts = 1 << 10;
         const int64_t parts = std::min({count, count * cost / kWorthSharing, kMostParts});
+        if (!together_) return at::parallel_for(0, count, std::max<int64_t>(1, kWorthSharing / std::max<int64_t>(1, cost)), f);
         if (alone_ || parts < 2) return f(int64_t(0), count);
         work_ = {[](const void* g, int64_t begin, int64_t end) { (*static_cast<const F*>(g))(begin, end); }, &f, count, parts};
         done_.store(0, std::memory_order_relaxed);
@@ -85,7 +89,7 @@ class Team {
         if (rounds % 64 == 63) std::this_thread::yield();
     }
 
-    bool alone_ = true;
+    bool together_ = true, alone_ = true;
     Work work_{};
     alignas(64) std::atomic<uint64_t> ticket_{0};
     alignas(64) std::atomic<int64_t> done_{0};

@@ -21,7 +21,7 @@ from fwp_fairseq.modules.carried_state import IncrementalState
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
 from fwp_fairseq.modules.fast_weight_cross_attention import FastWeightCrossAttention
 from fwp_fairseq.modules.fast_weight_layers import FastWeightDecoderLayer
-from fwp_fairseq.modules.few_rows_linear import Product, product_of
+from fwp_fairseq.modules.few_rows_linear import product_of
 from fwp_fairseq.modules.key_features import KeyFeatures
 from fwp_fairseq.modules.stages import TokenGates
 from fwp_fairseq.ops import native
@@ -99,11 +99,15 @@ class _Residual:
 
 
 def _write_products(program: Any, *layers: nn.Module) -> None:
-    products = [product_of(layer) for layer in layers]
-    _need(*(x is not None and x.weight.stride(1) == 1 and x.integers is None for x in products))
-    found: list[Product] = [x for x in products if x is not None]
-    nothing = [None] * len(found)
-    program.multiply(found[0].weight.size(1), [x.weight for x in found], [x.bias for x in found], nothing, nothing)
+    weights: list[Tensor] = []
+    others: list[tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]] = []
+    for product in map(product_of, layers):
+        if product is None or product.weight.stride(1) != 1:
+            raise _NotCovered
+        matrix, *integers = [product.weight, None, None] if product.integers is None else product.integers.of(product.weight)
+        weights.append(matrix)
+        others.append((product.bias, *integers))
+    program.multiply(layers[0].in_features, weights, *map(list, zip(*others)))
 
 
 def _write_self_attention(program: Any, attention: Any, index: int) -> None:

@@ -179,6 +179,20 @@ def few_rows_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Opti
     return torch.ops.fwp_fairseq.few_rows_linears.default(x, weights, biases)
 
 
+def pack_integers(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight of 8-bit integers, (outputs, inputs), as ``integer_linear`` reads it: packed, and offset, (outputs)."""
+    return torch.ops.fwp_fairseq.pack_integers.default(weight)
+
+
+def integer_linear(x: Tensor, packed: Tensor, offset: Tensor, worth: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """x Wᵀ + bias by 8-bit integers: x (..., inputs) in float32, each row rounded to 63 steps of its largest number.
+
+    packed, offset: W of ``pack_integers``; worth, bias: (outputs), in float32, what a step of its row is worth. On a
+    processor; inference only.
+    """
+    return torch.ops.fwp_fairseq.integer_linear.default(x, packed, offset, worth, bias)
+
+
 def new_decoder_step() -> Any:
     """A program for one token of all layers of a decoder, empty at first: what follows adds an operation to its end.
 
@@ -216,6 +230,9 @@ def _register() -> None:
     torch.library.register_fake("fwp_fairseq::few_rows_linear", lambda x, w, _: x.new_empty(*x.shape[:-1], w.size(0)))
     torch.library.register_fake(
         "fwp_fairseq::few_rows_linears", lambda x, weights, _: [x.new_empty(*x.shape[:-1], w.size(0)) for w in weights]
+    )
+    torch.library.register_fake(
+        "fwp_fairseq::integer_linear", lambda x, packed, offset, worth, _: x.new_empty(*x.shape[:-1], worth.numel())
     )
     torch.library.register_fake("fwp_fairseq::scan", _scan_shapes)
     torch.library.register_fake("fwp_fairseq::scan_backward", _backward_shapes)
