@@ -325,6 +325,7 @@ struct Recall : Operation {
 struct DecoderStep : torch::CustomClassHolder {
     std::vector<std::unique_ptr<Operation>> operations;
     bool integers = false;
+    int64_t size = 0;  // numbers of all weights
 
     void keep() { operations.push_back(std::make_unique<Keep>()); }
     void add() { operations.push_back(std::make_unique<Add>()); }
@@ -341,7 +342,7 @@ struct DecoderStep : torch::CustomClassHolder {
     void multiply(int64_t inputs, const std::vector<Tensor>& weights, const c10::List<optional<Tensor>>& biases,
                   const c10::List<optional<Tensor>>& offsets, const c10::List<optional<Tensor>>& worths) {
         auto made = std::make_unique<Multiply>(inputs, weights, biases, offsets, worths);
-        integers |= made->integers;
+        integers |= made->integers, size += inputs * made->outputs;
         operations.push_back(std::move(made));
     }
 
@@ -398,8 +399,7 @@ struct DecoderStep : torch::CustomClassHolder {
         if (moves) moving.new_places = moved.data_ptr<int64_t>();
         const Moves plan = fwp::plan(moving);
         Tensor out, weights;
-        // The BLAS has threads of its own.
-        Team::run(rows <= kFewRows || integers, [&](Team& team) {
+        const auto lead = [&](Team& team) {
             Run r{team, rows, {}, {}, {}, padding ? hidden.const_data_ptr<bool>() : nullptr, memories, normalizers,
                   sources, moving, plan, {}, {}, {}};
             std::copy_n(numbers(input), input.numel(), r.x.resize(rows, input.size(1)));
@@ -407,7 +407,12 @@ struct DecoderStep : torch::CustomClassHolder {
             out = at::empty({rows, r.x.width}, x.options());
             std::copy_n(r.data(), out.numel(), out.data_ptr<float>());
             weights = r.weights.defined() ? r.weights : at::empty({0}, x.options());
-        });
+        };
+        // The BLAS has threads of its own.
+        if (rows > kFewRows && !integers)
+            Team::run_apart(lead);
+        else
+            Pace::keep(rows * size, [&](bool together) { Team::run(together, lead); });
         return {out, weights, moved};
     }
 };

@@ -63,7 +63,6 @@ class CapturesSteps:
     can_read_ahead: Callable[[], bool]
     get_incremental_state: Callable[..., Any]
     set_incremental_state: Callable[..., Any]
-    output_layer: Callable[[Tensor], Tensor]
 
     def forward(
         self,
@@ -77,8 +76,8 @@ class CapturesSteps:
             wanted = wanted and not self.training and (encoder_out is not None or self.layers[0].encoder_attn is None)
             found = self._step(prev_output_tokens, encoder_out, incremental_state, wanted)
             if found is not None:
-                features, attn = found
-                return self.output_layer(features), {"attn": [attn], "inner_states": None}
+                logits, attn = found
+                return logits, {"attn": [attn], "inner_states": None}
         return super().forward(prev_output_tokens, encoder_out, incremental_state, **kwargs)  # type: ignore[misc]
 
     def note_order(self, incremental_state: IncrementalState, order: Tensor) -> bool:
@@ -91,12 +90,12 @@ class CapturesSteps:
     def _step(
         self, tokens: Tensor, encoder_out: Any, incremental_state: IncrementalState, wanted: bool
     ) -> Optional[tuple[Tensor, Optional[Tensor]]]:
-        """Features (B, 1, C) and attention (B, 1, S) or None, by a step; None: there cannot be one."""
+        """Logits (B, 1, words) and attention (B, 1, S) or None, by a step; None: there cannot be one."""
         step = self.get_incremental_state(incremental_state, _STEP)
         if step is not None:
             if wanted and step.begin(tokens.size(0)):
                 step.replay(self, tokens, encoder_out, incremental_state)
-                return step.outputs()
+                return step.outputs(self)
             self.set_incremental_state(incremental_state, _STEP, None)
             step.leave(self, incremental_state)
         if not wanted:
@@ -111,7 +110,7 @@ class CapturesSteps:
         if step is None:
             return None
         self.set_incremental_state(incremental_state, _STEP, step if step.goes_on else None)
-        return step.outputs()
+        return step.outputs(self)
 
 
 def _steps_of(decoder: Any, tokens: Tensor) -> Any:
@@ -302,10 +301,10 @@ class CapturedStep:
         assert self.graph is not None
         self.graph.replay()
 
-    def outputs(self) -> tuple[Tensor, Optional[Tensor]]:
-        """Features (B, 1, C), and attention (B, 1, S) or None, of the token that was decoded last."""
+    def outputs(self, decoder: Any) -> tuple[Tensor, Optional[Tensor]]:
+        """Logits (B, 1, words), and attention (B, 1, S) or None, of the token that was decoded last."""
         features, *attn = (x[: self.rows].clone() for x in self._outputs)
-        return features, attn[0] if attn else None
+        return decoder.output_layer(features), attn[0] if attn else None
 
     def __deepcopy__(self, memo: Any) -> "CapturedStep":
         """A copy of a search goes on without the graph, which is of this one's tensors."""

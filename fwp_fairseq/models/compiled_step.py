@@ -9,7 +9,7 @@ else than what is written here decodes as without this file: ``program_of``.
 """
 
 import copy
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from fairseq import utils
@@ -31,18 +31,32 @@ _ACTIVATIONS = ("relu", "gelu")
 _OF_SOURCES = 3
 
 
-def program_of(decoder: Any) -> Any:
-    """The layers of ``decoder`` as a native.DecoderStep, or None if they are, or do, anything that it cannot do.
+class Program(NamedTuple):
+    """A native.DecoderStep for the layers of a decoder, and whether also for what comes after them: logits."""
+
+    compiled: Any
+    is_whole: bool
+
+
+def program_of(decoder: Any) -> Optional[Program]:
+    """The layers of ``decoder`` as a program, or None if they are, or do, anything that it cannot do.
 
     The modules are known to be fairseq's, torch's and this package's own, in evaluation, without hooks and dropout.
     """
-    program = native.new_decoder_step()
+    compiled = native.new_decoder_step()
+    is_whole = decoder.adaptive_softmax is None
     try:
         for index, layer in enumerate(decoder.layers):
-            _write_layer(program, layer, index, index == len(decoder.layers) - 1)
+            _write_layer(compiled, layer, index, index == len(decoder.layers) - 1)
+        if is_whole:
+            if decoder.layer_norm is not None:
+                _write_norm(compiled, decoder.layer_norm)
+            for layer in (decoder.project_out_dim, decoder.output_projection):
+                if layer is not None:
+                    _write_products(compiled, layer)
     except _NotCovered:
         return None
-    return program
+    return Program(compiled, is_whole)
 
 
 class _NotCovered(Exception):
@@ -91,11 +105,14 @@ class _Residual:
                 self._normalize()
 
     def _normalize(self) -> None:
-        norm = self.norm
-        parameters = norm._parameters.get("weight"), norm._parameters.get("bias")
-        _need(type(norm) is nn.LayerNorm, len(norm.normalized_shape) == 1)
-        _need(*(type(x) is nn.Parameter and x.dtype == torch.float32 for x in parameters))
-        self.program.normalize(*parameters, norm.eps)
+        _write_norm(self.program, self.norm)
+
+
+def _write_norm(program: Any, norm: Any) -> None:
+    parameters = norm._parameters.get("weight"), norm._parameters.get("bias")
+    _need(type(norm) is nn.LayerNorm, len(norm.normalized_shape) == 1)
+    _need(*(type(x) is nn.Parameter and x.dtype == torch.float32 for x in parameters))
+    program.normalize(*parameters, norm.eps)
 
 
 def _write_products(program: Any, *layers: nn.Module) -> None:
@@ -172,7 +189,7 @@ def _address(features: KeyFeatures) -> tuple[int, int, str, int, str, Optional[T
 class CompiledSteps:
     """Makes the steps of a search by a ``program_of`` its decoder, or none, if there is no program."""
 
-    def __init__(self, program: Any) -> None:
+    def __init__(self, program: Optional[Program]) -> None:
         self._program = program
 
     def make(
@@ -224,7 +241,7 @@ class CompiledStep:
     goes_on = True
 
     def __init__(
-        self, decoder: Any, tokens: Tensor, encoder_out: Any, incremental_state: IncrementalState, program: Any
+        self, decoder: Any, tokens: Tensor, encoder_out: Any, incremental_state: IncrementalState, program: Program
     ) -> None:
         self.rows = tokens.size(0)
         # The order of the beams for the next token, if there is one.
@@ -234,9 +251,12 @@ class CompiledStep:
         if not all(x is where or (x is not None and where is not None and x.equal(where)) for x in others):
             for state in states:
                 state.put(**state.rows())
-        self._layers: Optional[_Layers] = _Layers(program, states, _sources(decoder, incremental_state))
+        self._layers: Optional[_Layers] = _Layers(program.compiled, states, _sources(decoder, incremental_state))
         self._reader = copy.copy(decoder)
         self._reader._modules = {**decoder._modules, "layers": nn.ModuleList([self._layers])}
+        self._is_whole = program.is_whole
+        if self._is_whole:
+            self._reader._modules |= {"layer_norm": None, "project_out_dim": None}
         self._reader.num_layers = 1
         self._cross_attentions = [x.encoder_attn for x in decoder.layers if x.encoder_attn is not None]
         # fairseq's attention takes for granted that a row stays with its sentence until one leaves the batch.
@@ -272,9 +292,10 @@ class CompiledStep:
         beams = self.rows // self._layers.sources[0].size(0)
         return order.size(0) != self.rows or not (order // beams).equal(torch.arange(self.rows) // beams)
 
-    def outputs(self) -> tuple[Tensor, Optional[Tensor]]:
-        """Features (B, 1, C), and attention (B, 1, S) or None, of the token that was decoded last."""
-        return self._outputs
+    def outputs(self, decoder: Any) -> tuple[Tensor, Optional[Tensor]]:
+        """Logits (B, 1, words), and attention (B, 1, S) or None, of the token that was decoded last."""
+        found, attn = self._outputs
+        return found if self._is_whole else decoder.output_layer(found), attn
 
     def __deepcopy__(self, memo: Any) -> "CompiledStep":
         """A copy of a search goes on without this step, which is of this one's tensors."""
