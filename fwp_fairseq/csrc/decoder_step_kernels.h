@@ -39,20 +39,19 @@ inline void attend(const Attend& p, int64_t begin, int64_t end) {
             const float* value = p.values + (sentence * p.heads + head) * p.length * d;
             float* out = p.out + row * width + head * d;
             for (int64_t i = 0; i < d; ++i) query[i] = p.q[row * width + head * d + i] * scale;
-            float largest = -std::numeric_limits<float>::infinity();
+            linear<float>({query.data(), key, nullptr, weights.data(), 1, d, p.length, d, p.length}, 0, p.length);
+            float largest = -std::numeric_limits<float>::infinity(), sum = 0;
             for (int64_t s = 0; s < p.length; ++s) {
-                const bool hidden = p.padding && p.padding[sentence * p.length + s];
-                weights[s] = hidden ? -std::numeric_limits<float>::infinity() : dot(key + s * d, query.data(), int(d));
+                if (p.padding && p.padding[sentence * p.length + s]) weights[s] = -std::numeric_limits<float>::infinity();
                 largest = std::max(largest, weights[s]);
             }
-            float sum = 0;
             for (int64_t s = 0; s < p.length; ++s) sum += weights[s] = std::exp(weights[s] - largest);
-            std::fill_n(out, d, 0.f);
-            for (int64_t s = 0; s < p.length; ++s) {
-                const float weight = weights[s] / sum;
-                for (int64_t i = 0; i < d; ++i) out[i] += weight * value[s * d + i];
-                if (average) average[s] += weight / p.heads;
-            }
+            for (int64_t s = 0; s < p.length; ++s) weights[s] /= sum;
+            for_columns<float>(d, [&](auto columns, auto count, int64_t column) {
+                read_columns<decltype(columns), count.value>(weights.data(), value, p.length, d, out, column);
+            });
+            if (average)
+                for (int64_t s = 0; s < p.length; ++s) average[s] += weights[s] / p.heads;
         }
     }
 }
