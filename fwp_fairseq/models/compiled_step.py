@@ -1,8 +1,8 @@
 """Decoding on a processor with all layers in one call: no Python between the some hundred operators of a token.
 
 What the layers do is written down as a program when a search has decoded its first token, from their modules, and runs
-in compiled code (``csrc/decoder_step.cpp``) from the second token on. The rest is fairseq's own forward pass, of a decoder
-whose layers are that program: words, positions, and what comes after the layers.
+in compiled code (``csrc/decoder_step.cpp``) from the second token on. The rest, words and positions, is fairseq's own
+forward pass, of a decoder whose layers are that program.
 
 A program belongs to one search, and reads the weights that there were at its beginning. A decoder that does anything
 else than what is written here decodes as without this file: ``program_of``.
@@ -88,7 +88,7 @@ def _write_layer(program: Any, layer: Any, index: int, is_last: bool) -> None:
 
 
 class _Residual:
-    """What is written within this context is added to its input, with the layer norm on the side where the layer has it."""
+    """What is written within this context is added to its input, with the layer norm where the layer has it."""
 
     def __init__(self, program: Any, layer: Any, norm: Any) -> None:
         self.program, self.norm_first, self.norm = program, layer.normalize_before, norm
@@ -121,9 +121,13 @@ def _write_products(program: Any, *layers: nn.Module) -> None:
     for product in map(product_of, layers):
         if product is None or product.weight.stride(1) != 1:
             raise _NotCovered
-        matrix, *integers = [product.weight, None, None] if product.integers is None else product.integers.of(product.weight)
-        weights.append(matrix)
-        others.append((product.bias, *integers))
+        if product.integers is None:
+            weights.append(product.weight)
+            others.append((product.bias, None, None))
+        else:
+            packed, offset, worth = product.integers.of(product.weight)
+            weights.append(packed)
+            others.append((product.bias, offset, worth))
     program.multiply(layers[0].in_features, weights, *map(list, zip(*others)))
 
 

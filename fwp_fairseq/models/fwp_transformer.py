@@ -239,7 +239,8 @@ class FWPTransformerDecoder(CapturesSteps, CarriesState, TransformerDecoderBase)
             return False
         if not int8_linear.is_there():
             raise ValueError(
-                f"--decoding-weights is int8, which needs the compiled operators ({native.unavailable}): allowed is float32"
+                "--decoding-weights is int8, which needs the compiled operators: allowed is float32 "
+                f"({native.unavailable})"
             )
         weight = next(self.parameters())
         if weight.device.type != "cpu" or weight.dtype != torch.float32:

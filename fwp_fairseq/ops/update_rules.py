@@ -65,9 +65,9 @@ class UpdateRule:
         return self.scalars(**dict.fromkeys(self.takes, torch.tensor(0.5)), **values).erase is not None
 
     def as_sums(self, **choices: Any) -> Optional[list[Optional[tuple[float, float, float]]]]:
-        """Write, erase and decay as (constant, times β, times α), None for one that is not there; ``choices``: of its options.
+        """Write, erase and decay as (constant, times β, times α), None for one that is not there.
 
-        None if the rule makes anything else of them.
+        None if the rule makes anything else of them. ``choices`` are values of its options.
         """
 
         def at(beta: float, alpha: float) -> list[Optional[float]]:
