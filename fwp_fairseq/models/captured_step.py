@@ -16,6 +16,8 @@ Whoever wants none sets FWP_CUDA_GRAPHS=0. A step is not captured, and decoding 
 - with gradients, autocast, torch.func, a compiler or an exporter at work, or in a capture of the caller's own;
 - with hooks, dropout that stays on, or modules of others in the decoder, which may do on the host whatever they like;
 - with options of fairseq's forward pass (``features_only``, ``alignment_layer`` and the like).
+
+The same holds of the steps on a processor (``compiled_step``), which are taken and left in the same way.
 """
 
 import copy

@@ -217,7 +217,6 @@ class _Layers(nn.Module):
         self.program, self.states, self.sources = program, states, sources
         self.memories = [x for state in states if (x := state.in_place(MEMORY)) is not None]
         self.normalizers = [x for state in states if (x := state.in_place(NORMALIZER)) is not None]
-        self.places = states[0].where()
         # From which row each goes on; a list, since setting an attribute of a module takes a while.
         self.order: list[Optional[Tensor]] = [None]
 
