@@ -32,13 +32,13 @@ class Pace {
     }
 
   private:
-    static constexpr int64_t kLongestPause = 256;
+    static constexpr int64_t kLookAgain = 256, kLongestPause = 4096;
 
     bool choose(int64_t size) {
         if (at::get_num_threads() == 1 || at::in_parallel_region()) return false;
         if (size != size_) size_ = size, alone_ = 0, runs_ = 0;
         // The machine may have been busy when it was alone: look again at times.
-        if (alone_ == 0 || ++runs_ % kLongestPause == 0) return false;
+        if (alone_ == 0 || ++runs_ % kLookAgain == 0) return false;
         return pause_ == 0 || --pause_ == 0;
     }
 
@@ -46,7 +46,8 @@ class Pace {
         if (!together) {
             alone_ = alone_ == 0 ? seconds : 0.8 * alone_ + 0.2 * seconds;
         } else if (seconds > alone_) {
-            pause_ = last_pause_ = std::min(kLongestPause, 2 * last_pause_);
+            // As long that what was lost does not count.
+            pause_ = last_pause_ = std::min(kLongestPause, std::max(2 * last_pause_, int64_t(8 * seconds / alone_)));
         } else {
             last_pause_ = std::max<int64_t>(4, last_pause_ / 2);
         }
