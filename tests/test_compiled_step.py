@@ -37,7 +37,8 @@ pytestmark = pytest.mark.skipif(native.unavailable is not None, reason="without 
 
 TOLERANCE = 1e-5
 NOT_COVERED = ("stages", "fwm", "chunk")
-FEW = {name: MODELS[name] for name in ("decoder", "all places")}
+CONVOLUTION = [*places("fast-weight", *PLACES), "--short-convolution", "3"]
+FEW = {"decoder": MODELS["decoder"], "all places": CONVOLUTION}
 few_models = pytest.mark.parametrize("flags", FEW.values(), ids=FEW)
 
 
@@ -69,9 +70,9 @@ def same_with_and_without(function, *args, **kwargs):
 
 
 @pytest.mark.parametrize("orders", ORDERS.values(), ids=ORDERS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "convolution"])
 def test_logits_are_the_same_whatever_rows_do(name, orders, steps):
-    same_with_and_without(loop, translation(MODELS[name], beam=1), orders)
+    same_with_and_without(loop, translation({**MODELS, "convolution": CONVOLUTION}[name], beam=1), orders)
     assert (steps.tokens > 0) == (name not in NOT_COVERED)
 
 
@@ -80,6 +81,8 @@ OPTIONS = {
     "tanh": ["--feature-map", "tanh", "--key-normalization", "l2", "--write-strength-range", "2"],
     "gated": ["--update-rule", "gated", "--write-strength-bias", "--decoder-normalize-before"],
     "sum": ["--update-rule", "sum", "--layernorm-embedding"],
+    "convolution": ["--update-rule", "gated-delta", "--short-convolution", "4"],
+    "convolution, all places": [*places("fast-weight", *PLACES), "--short-convolution", "2"],
     "one head": ["--decoder-attention-heads", "1", "--dpfp-nu", "3"],
 }
 
@@ -264,13 +267,16 @@ def test_a_program_says_what_does_not_fit():
     program, nothing = native.new_decoder_step(), [None]
     program.multiply(4, [torch.ones(3, 4)], nothing, nothing, nothing)
     x, memories = torch.ones(2, 4), [torch.zeros(2, 1, 1, 1)]
-    found, weights, _ = program.run(x, None, memories, [], None, None, [])
+    found, weights, *_ = program.run(x, None, memories, [], None, None, [], [])
     assert torch.equal(found, torch.full((2, 3), 4.0)) and not weights.numel()
     with pytest.raises(RuntimeError, match="linear layers of 4 inputs get 5"):
-        program.run(torch.ones(2, 5), None, memories, [], None, None, [])
+        program.run(torch.ones(2, 5), None, memories, [], None, None, [], [])
     with pytest.raises(IndexError, match="order has 2, there are 2 rows"):
-        program.run(x, None, memories, [], torch.tensor([0, 2]), None, [])
+        program.run(x, None, memories, [], torch.tensor([0, 2]), None, [], [])
     with pytest.raises(ValueError, match="3 rows, but 2 memories"):
-        program.run(torch.ones(3, 4), None, memories, [], None, None, [])
+        program.run(torch.ones(3, 4), None, memories, [], None, None, [], [])
+    program.convolve(0, 1, [torch.ones(3, 3)], True)
+    with pytest.raises(ValueError, match="a history must be"):
+        program.run(x, None, memories, [], None, None, [], [torch.zeros(2, 1, 1, 3)])
     with pytest.raises(ValueError, match="activation is tanh, allowed are relu, gelu"):
         program.activate("tanh")

@@ -48,9 +48,10 @@ struct Run {
     int64_t rows;
     Rows x, y, kept;
     const bool* padding;                     // (rows), or null
-    at::TensorList memories, normalizers, sources;
+    at::TensorList memories, normalizers, sources, histories;
     const Step& moving;                      // rows, slots, order and places
     const Moves& moves;
+    std::vector<Tensor> left;                // histories for the next token
     Tensor weights;                          // (rows, 1, length) of the sources, if an operation gives them
     std::vector<uint8_t> integers;
     std::vector<float> steps;
@@ -191,6 +192,48 @@ struct Multiply : Operation {
                 w.outputs, w.matrix.stride(0), outputs,
             };
             linear<float>(p, from * kPanel, std::min(to * kPanel, w.outputs));
+        }
+    }
+};
+
+// Of the first columns, of as many as the weights have together, each becomes a weighted sum of what it is and was: the
+// short convolution. `histories` from `first` on has what the columns of each weight were for the tokens before.
+struct Convolve : Operation {
+    int64_t first, heads;
+    std::vector<Tensor> weights;  // (tokens, heads * d) each, the last of them for the token itself
+    bool hides_padding;           // which then counts as nothing, and is not kept
+
+    void run(Run& r) const override {
+        float* x = r.data();
+        for (size_t part = 0; part < weights.size(); ++part) {
+            const Tensor &weight = weights[part], &history = r.histories[first + part];
+            const int64_t before = weight.size(0) - 1, width = weight.size(1), d = width / heads, columns = r.x.width;
+            TORCH_CHECK_VALUE(
+                history.dim() == 4 && history.size(1) == heads && history.size(2) == before && history.size(3) == d &&
+                    history.is_contiguous() && history.scalar_type() == at::kFloat &&
+                    (r.moving.order || history.size(0) == r.rows) && (part + 1) * width <= columns,
+                "a history must be (rows, H, tokens before, D), contiguous and float32");
+            Tensor left = at::empty({r.rows, heads, before, d}, history.options());
+            const float* w = numbers(weight);
+            float* to = left.data_ptr<float>();
+            for (int64_t row = 0; row < r.rows; ++row) {
+                const int64_t parent = r.moving.order ? r.moving.order[row] : row;
+                TORCH_CHECK_INDEX(0 <= parent && parent < history.size(0), "order is out of range");
+                const float* from = numbers(history) + parent * before * width;
+                const bool hidden = hides_padding && r.padding && r.padding[row];
+                float* now = x + row * columns + part * width;
+                for (int64_t head = 0; head < heads; ++head, from += before * d, to += before * d, now += d)
+                    for (int64_t i = 0; i < d; ++i) {
+                        const float* own = w + head * d + i;
+                        const float value = hidden ? 0 : now[i];
+                        float sum = own[before * width] * value;
+                        for (int64_t t = 0; t < before; ++t) sum += own[t * width] * from[t * d + i];
+                        for (int64_t t = 0; t < before; ++t)
+                            to[t * d + i] = hidden ? from[t * d + i] : t + 1 < before ? from[(t + 1) * d + i] : value;
+                        now[i] = sum;
+                    }
+            }
+            r.left[first + part] = left;
         }
     }
 };
@@ -346,6 +389,12 @@ struct DecoderStep : torch::CustomClassHolder {
         operations.push_back(std::move(made));
     }
 
+    void convolve(int64_t first, int64_t heads, const std::vector<Tensor>& weights, bool hides_padding) {
+        auto made = std::make_unique<Convolve>();
+        made->first = first, made->heads = heads, made->weights = weights, made->hides_padding = hides_padding;
+        operations.push_back(std::move(made));
+    }
+
     void remember(int64_t layer, int64_t heads, int64_t d_key, int64_t d_dot, const std::string& map, int64_t nu,
                   const std::string& normalization, const optional<Tensor>& projection, bool normalized, bool has_beta,
                   bool has_alpha, double range, const std::vector<std::vector<double>>& gates) {
@@ -375,10 +424,10 @@ struct DecoderStep : torch::CustomClassHolder {
         operations.push_back(std::move(made));
     }
 
-    std::tuple<Tensor, Tensor, Tensor> run(
+    std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> run(
         const Tensor& x, const optional<Tensor>& padding, const std::vector<Tensor>& memories,
         const std::vector<Tensor>& normalizers, const optional<Tensor>& order, const optional<Tensor>& places,
-        const std::vector<Tensor>& sources) const {
+        const std::vector<Tensor>& sources, const std::vector<Tensor>& histories) const {
         TORCH_CHECK_VALUE(x.dim() == 2 && x.scalar_type() == at::kFloat, "x must be (rows, width), float32");
         const int64_t rows = x.size(0);
         TORCH_CHECK_VALUE(!padding || (padding->numel() == rows && padding->scalar_type() == at::kBool),
@@ -399,21 +448,23 @@ struct DecoderStep : torch::CustomClassHolder {
         if (moves) moving.new_places = moved.data_ptr<int64_t>();
         const Moves plan = fwp::plan(moving);
         Tensor out, weights;
+        std::vector<Tensor> left;
         const auto lead = [&](Team& team) {
             Run r{team, rows, {}, {}, {}, padding ? hidden.const_data_ptr<bool>() : nullptr, memories, normalizers,
-                  sources, moving, plan, {}, {}, {}};
+                  sources, histories, moving, plan, std::vector<Tensor>(histories.size()), {}, {}, {}};
             std::copy_n(numbers(input), input.numel(), r.x.resize(rows, input.size(1)));
             for (const auto& operation : operations) operation->run(r);
             out = at::empty({rows, r.x.width}, x.options());
             std::copy_n(r.data(), out.numel(), out.data_ptr<float>());
             weights = r.weights.defined() ? r.weights : at::empty({0}, x.options());
+            left = std::move(r.left);
         };
         // The BLAS has threads of its own.
         if (rows > kFewRows && !integers)
             Team::run_apart(lead);
         else
             Pace::keep(rows * size, [&](bool together) { Team::run(together, lead); });
-        return {out, weights, moved};
+        return {out, weights, moved, left};
     }
 };
 
@@ -428,6 +479,7 @@ TORCH_LIBRARY_FRAGMENT(fwp_fairseq, m) {
         .def("normalize", &fwp::DecoderStep::normalize)
         .def("activate", &fwp::DecoderStep::activate)
         .def("multiply", &fwp::DecoderStep::multiply)
+        .def("convolve", &fwp::DecoderStep::convolve)
         .def("remember", &fwp::DecoderStep::remember)
         .def("look_at", &fwp::DecoderStep::look_at)
         .def("recall", &fwp::DecoderStep::recall)

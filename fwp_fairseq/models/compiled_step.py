@@ -9,6 +9,8 @@ else than what is written here decodes as without this file: ``program_of``.
 """
 
 import copy
+import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -23,7 +25,7 @@ from fwp_fairseq.modules.fast_weight_cross_attention import FastWeightCrossAtten
 from fwp_fairseq.modules.fast_weight_layers import FastWeightDecoderLayer
 from fwp_fairseq.modules.few_rows_linear import product_of
 from fwp_fairseq.modules.key_features import KeyFeatures
-from fwp_fairseq.modules.stages import TokenGates
+from fwp_fairseq.modules.stages import ShortConvolution, TokenGates
 from fwp_fairseq.ops import native
 
 _ACTIVATIONS = ("relu", "gelu")
@@ -45,9 +47,10 @@ def program_of(decoder: Any) -> Optional[Program]:
     """
     compiled = native.new_decoder_step()
     is_whole = decoder.adaptive_softmax is None
+    histories = itertools.count()
     try:
         for index, layer in enumerate(decoder.layers):
-            _write_layer(compiled, layer, index, index == len(decoder.layers) - 1)
+            _write_layer(compiled, layer, index, index == len(decoder.layers) - 1, histories)
         if is_whole:
             if decoder.layer_norm is not None:
                 _write_norm(compiled, decoder.layer_norm)
@@ -68,17 +71,17 @@ def _need(*conditions: bool) -> None:
         raise _NotCovered
 
 
-def _write_layer(program: Any, layer: Any, index: int, is_last: bool) -> None:
+def _write_layer(program: Any, layer: Any, index: int, is_last: bool, histories: Iterator[int]) -> None:
     _need(
         type(layer) is FastWeightDecoderLayer,
         not (layer.cross_self_attention or layer.onnx_trace),
         all(x is None for x in (layer.c_attn, layer.attn_ln, layer.ffn_layernorm, layer.w_resid)),
     )
     with _Residual(program, layer, layer.self_attn_layer_norm):
-        _write_self_attention(program, layer.self_attn, index)
+        _write_self_attention(program, layer.self_attn, index, histories)
     if layer.encoder_attn is not None:
         with _Residual(program, layer, layer.encoder_attn_layer_norm):
-            _write_cross_attention(program, layer.encoder_attn, _OF_SOURCES * index, is_last)
+            _write_cross_attention(program, layer.encoder_attn, _OF_SOURCES * index, is_last, histories)
     with _Residual(program, layer, layer.final_layer_norm):
         _write_products(program, layer.fc1)
         names = [x for x in _ACTIVATIONS if layer.activation_fn is utils.get_activation_fn(x)]
@@ -131,17 +134,17 @@ def _write_products(program: Any, *layers: nn.Module) -> None:
     program.multiply(layers[0].in_features, weights, *map(list, zip(*others)))
 
 
-def _write_self_attention(program: Any, attention: Any, index: int) -> None:
+def _write_self_attention(program: Any, attention: Any, index: int, histories: Iterator[int]) -> None:
     gates = attention.gates
     rule = attention.rule.as_sums(**gates.rule_options)
     _need(
         type(attention) is FastWeightAttention,
         type(gates) is TokenGates,
-        attention.stages() == [gates],
         rule is not None,
         _is_compiled(attention),
     )
     _write_products(program, *(getattr(attention, name) for name, _ in attention._layers))
+    _write_mixing(program, attention, "qkv", histories)
     takes = attention.rule.takes
     program.remember(
         index,
@@ -156,14 +159,13 @@ def _write_self_attention(program: Any, attention: Any, index: int) -> None:
     _write_products(program, attention.out_proj)
 
 
-def _write_cross_attention(program: Any, attention: Any, first: int, gives_weights: bool) -> None:
+def _write_cross_attention(
+    program: Any, attention: Any, first: int, gives_weights: bool, histories: Iterator[int]
+) -> None:
     _write_products(program, attention.q_proj)
     if type(attention) is FastWeightCrossAttention:
-        _need(
-            attention.stages() == [attention.gates],
-            _is_compiled(attention),
-            not attention.gives_weights,
-        )
+        _need(_is_compiled(attention), not attention.gives_weights)
+        _write_mixing(program, attention, "q", histories)
         features = _address(attention.features)
         program.recall(first, attention.num_heads, *features, attention.attention_normalization)
     else:
@@ -174,6 +176,20 @@ def _write_cross_attention(program: Any, attention: Any, first: int, gives_weigh
         )
         program.look_at(first, attention.num_heads, gives_weights)
     _write_products(program, attention.out_proj)
+
+
+def _write_mixing(program: Any, attention: FastWeightAttention, parts: str, histories: Iterator[int]) -> None:
+    """Of the stages that there are, the gates are written elsewhere."""
+    for stage in attention.stages():
+        if type(stage) is ShortConvolution:
+            weights = [getattr(stage, part) for part in parts]
+            _need(*(type(x) is nn.Parameter and x.dtype == torch.float32 for x in weights))
+            first, *_ = [next(histories) for _ in parts]
+            flat = [x.detach().flatten(1).contiguous() for x in weights]
+            # Padding of the target hides keys, not who asks.
+            program.convolve(first, attention.num_heads, flat, "k" in parts)
+        else:
+            _need(stage is attention.gates)
 
 
 def _is_compiled(attention: FastWeightAttention) -> bool:
@@ -212,11 +228,20 @@ class CompiledSteps:
 class _Layers(nn.Module):
     """Stands for all layers of a decoder, and has what they keep in a search."""
 
-    def __init__(self, program: Any, states: list[AttentionState], sources: list[Tensor]) -> None:
+    def __init__(
+        self,
+        program: Any,
+        states: list[AttentionState],
+        sources: list[Tensor],
+        histories: list[tuple[AttentionState, str, Tensor]],
+    ) -> None:
         super().__init__()
         self.program, self.states, self.sources = program, states, sources
         self.memories = [x for state in states if (x := state.in_place(MEMORY)) is not None]
         self.normalizers = [x for state in states if (x := state.in_place(NORMALIZER)) is not None]
+        # What short convolutions keep, and whose it is.
+        self.owners = [(state, name) for state, name, _ in histories]
+        self.histories = [x for *_, x in histories]
         # From which row each goes on; a list, since setting an attribute of a module takes a while.
         self.order: list[Optional[Tensor]] = [None]
 
@@ -226,9 +251,12 @@ class _Layers(nn.Module):
         """x: (1, B, C), as fairseq's layers have it. Returns as these do, with weights of one head, (1, B, 1, S)."""
         (order,) = self.order
         places = self.states[0].where()
-        x, weights, moved = self.program.run(
-            x.squeeze(0), self_attn_padding_mask, self.memories, self.normalizers, order, places, self.sources
-        )
+        x, weights, moved, self.histories[:] = self.program.run(
+            x.squeeze(0), self_attn_padding_mask, self.memories, self.normalizers, order, places, self.sources,
+            self.histories,
+        )  # fmt: skip
+        for (owner, name), history in zip(self.owners, self.histories):
+            owner.put(**{name: history})
         places = None if order is None and places is None else moved
         for state in self.states:
             state.stepped_to(places)
@@ -254,7 +282,9 @@ class CompiledStep:
         if not all(x is where or (x is not None and where is not None and x.equal(where)) for x in others):
             for state in states:
                 state.put(**state.rows())
-        self._layers: Optional[_Layers] = _Layers(program.compiled, states, _sources(decoder, incremental_state))
+        self._layers: Optional[_Layers] = _Layers(
+            program.compiled, states, _sources(decoder, incremental_state), _histories(decoder, incremental_state)
+        )
         self._reader = copy.copy(decoder)
         self._reader._modules = {**decoder._modules, "layers": nn.ModuleList([self._layers])}
         self._is_whole = program.is_whole
@@ -327,4 +357,18 @@ def _sources(decoder: Any, incremental_state: IncrementalState) -> list[Tensor]:
         padding = kept.get("prev_key_padding_mask")
         found += [*own.values(), torch.empty(0) if padding is None else padding.bool().contiguous()]
         found += [torch.empty(0)] * (-len(found) % _OF_SOURCES)
+    return found
+
+
+def _histories(decoder: Any, incremental_state: IncrementalState) -> list[tuple[AttentionState, str, Tensor]]:
+    """What short convolutions keep, in the order in which they are written, with its owner and its name there."""
+    found = []
+    for layer in decoder.layers:
+        for attention in (layer.self_attn, layer.encoder_attn):
+            if isinstance(attention, FastWeightAttention):
+                state = attention.get_incremental_state(incremental_state, "attn_state")
+                for part in "qkv":
+                    history = state.get(name := f"convolved_{part}")
+                    if history is not None:
+                        found.append((state, name, history.contiguous()))
     return found

@@ -204,6 +204,9 @@ def new_decoder_step() -> Any:
         multiply(inputs, weights, biases, offsets, worths)
                                                    linear layers, whose outputs come to stand beside each other; with
                                                    ``offsets`` and ``worths`` (None: without) of ``pack_integers``
+        convolve(first, heads, weights, hides_padding)
+                                                   the first columns become sums of what they are and were, by weights
+                                                   (tokens, columns): histories[first], (rows, H, tokens before, D)
         remember(layer, heads, d_key, d_dot, feature_map, nu, key_normalization, projection, normalized, has_beta,
                  has_alpha, range, gates)          ``step`` of queries, keys, values and logits of beta and alpha, in
                                                    memories[layer]; gates: ``UpdateRule.as_sums``
@@ -212,9 +215,10 @@ def new_decoder_step() -> Any:
         recall(first, heads, d_key, d_dot, feature_map, nu, key_normalization, projection, normalized)
                                                    ``read`` of sources[first], then the normalizer
 
-    ``run(x, padding, memories, normalizers, order, places, sources)`` runs it for x (rows, columns) and returns what x
-    is in the end, weights of attention (rows, 1, S), empty if nothing gives them, and places, as ``step`` has them. All
-    layers have their memories in the same places. Raises ValueError, or IndexError for an order out of range.
+    ``run(x, padding, memories, normalizers, order, places, sources, histories)`` runs it for x (rows, columns) and
+    returns what x is in the end, weights of attention (rows, 1, S), empty if nothing gives them, places, as ``step``
+    has them, and the histories for the next token. All layers have their memories in the same places. Raises
+    ValueError, or IndexError for an order out of range.
     """
     return torch.classes.fwp_fairseq.DecoderStep()
 
