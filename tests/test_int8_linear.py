@@ -14,8 +14,9 @@ from tiny_models import build_lm, build_translation, places, translation_batch
 from fwp_fairseq.modules import int8_linear
 from fwp_fairseq.modules.few_rows_linear import call_linears, use_few_rows_linear
 from fwp_fairseq.modules.int8_linear import Int8Weight
+from fwp_fairseq.ops import native
 
-pytestmark = pytest.mark.skipif(not int8_linear.is_there(), reason="this torch has no oneDNN")
+pytestmark = pytest.mark.skipif(not int8_linear.is_there(), reason="without compiled operators")
 
 INT8 = ["--decoding-weights", "int8"]
 
@@ -113,8 +114,8 @@ def test_copies_and_pickles_find_the_same():
 
 def test_integers_are_made_once_for_a_weight(monkeypatch):
     made = []
-    plain = torch.ops.onednn.qlinear_prepack
-    monkeypatch.setattr(torch.ops.onednn, "qlinear_prepack", lambda *a: made.append(1) or plain(*a))
+    plain = native.pack_integers
+    monkeypatch.setattr(native, "pack_integers", lambda *a: made.append(1) or plain(*a))
     integers, weight = Int8Weight(), torch.randn(4, 8)
     for _ in range(3):
         integers.linear(torch.randn(2, 8), weight, None)
@@ -166,7 +167,7 @@ def test_language_models_have_it_and_what_it_does_not_change_is_said(caplog):
     assert "--decoding-weights int8 has no effect in this model: the decoder has no fast weights" in caplog.text
 
 
-def test_a_torch_without_it_is_told(monkeypatch):
+def test_an_installation_without_it_is_told(monkeypatch):
     monkeypatch.setattr(int8_linear, "is_there", lambda: False)
     with pytest.raises(ValueError, match="--decoding-weights is int8, .* allowed is float32"):
         prepared(build_lm, *INT8)

@@ -1,4 +1,5 @@
-// The CPU kernels, compiled for a baseline that every processor has and for AVX2 with FMA, chosen when they run.
+// The CPU kernels, compiled for a baseline that every processor has, for AVX2 with FMA, and those of decoding also for
+// AVX-512 with VNNI; chosen when they run.
 
 #include "fast_weights_cpu.h"
 
@@ -9,6 +10,10 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace fwp {
 
 #define FWP_ISA baseline
@@ -16,6 +21,7 @@ namespace fwp {
 #include "fast_weights_cpu_kernels.h"
 #include "fast_weights_cpu_step.h"
 #include "few_rows_linear_kernel.h"
+#include "decoder_step_kernels.h"
 #undef FWP_ISA
 #undef FWP_VECTOR_BYTES
 
@@ -29,11 +35,32 @@ namespace fwp {
 #endif
 #define FWP_ISA avx2
 #define FWP_VECTOR_BYTES 32
+#define FWP_AVX2
 #include "fast_weights_cpu_kernels.h"
 #include "fast_weights_cpu_step.h"
 #include "few_rows_linear_kernel.h"
+#include "decoder_step_kernels.h"
 #undef FWP_ISA
 #undef FWP_VECTOR_BYTES
+#undef FWP_AVX2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni")
+#endif
+#define FWP_ISA avx512
+#define FWP_VECTOR_BYTES 64
+#define FWP_VNNI
+#include "fast_weights_cpu_kernels.h"
+#include "fast_weights_cpu_step.h"
+#include "few_rows_linear_kernel.h"
+#include "decoder_step_kernels.h"
+#undef FWP_ISA
+#undef FWP_VECTOR_BYTES
+#undef FWP_VNNI
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -52,14 +79,26 @@ bool has_avx2() {
 #endif
 }
 
+bool has_avx512() {
+#ifdef FWP_HAS_AVX2
+    static const bool has = has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    return has;
+#else
+    return false;
+#endif
+}
+
 }  // namespace
 
 const char* instruction_set() { return has_avx2() ? "avx2" : "baseline"; }
 
 #ifdef FWP_HAS_AVX2
 #define FWP_DISPATCH(call) return has_avx2() ? avx2::call : baseline::call
+#define FWP_DISPATCH_DECODING(call) return has_avx512() ? avx512::call : has_avx2() ? avx2::call : baseline::call
 #else
 #define FWP_DISPATCH(call) return baseline::call
+#define FWP_DISPATCH_DECODING(call) FWP_DISPATCH(call)
 #endif
 
 template <class T>
@@ -74,17 +113,33 @@ void backward(const Problem& problem, int64_t begin, int64_t end) {
 
 template <class T>
 void step(const Step& problem, const Moves& moves, int64_t begin, int64_t end) {
-    FWP_DISPATCH(step<T>(problem, moves, begin, end));
+    FWP_DISPATCH_DECODING(step<T>(problem, moves, begin, end));
 }
 
 template <class T>
 void read(const Read& problem, int64_t begin, int64_t end) {
-    FWP_DISPATCH(read<T>(problem, begin, end));
+    FWP_DISPATCH_DECODING(read<T>(problem, begin, end));
 }
 
 template <class T>
 void linear(const Linear& problem, int64_t begin, int64_t end) {
-    FWP_DISPATCH(linear<T>(problem, begin, end));
+    FWP_DISPATCH_DECODING(linear<T>(problem, begin, end));
+}
+
+void layer_norm(const Norm& problem, int64_t begin, int64_t end) {
+    FWP_DISPATCH_DECODING(layer_norm(problem, begin, end));
+}
+
+void attend(const Attend& problem, int64_t begin, int64_t end) {
+    FWP_DISPATCH_DECODING(attend(problem, begin, end));
+}
+
+void integer_linear(const IntegerLinear& problem, int64_t begin, int64_t end) {
+    FWP_DISPATCH_DECODING(integer_linear(problem, begin, end));
+}
+
+void to_integers(const float* x, int64_t rows, int64_t inputs, uint8_t* y, float* steps) {
+    FWP_DISPATCH_DECODING(to_integers(x, rows, inputs, y, steps));
 }
 
 template void forward<float>(const Problem&, int64_t, int64_t);

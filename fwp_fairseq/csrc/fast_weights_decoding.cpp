@@ -7,14 +7,11 @@
 
 #include "fast_weights_cpu.h"
 
-namespace {
-
-using at::Tensor;
-using std::optional;
+namespace fwp {
 
 // Who goes on from which memory, and where it is written; see Step.
-fwp::Moves plan(const fwp::Step& p) {
-    fwp::Moves moves;
+Moves plan(const Step& p) {
+    Moves moves;
     moves.row.resize(p.rows), moves.to.resize(p.rows);
     if (!p.new_places) {
         moves.begin.resize(p.rows + 1), moves.from.resize(p.rows);
@@ -53,6 +50,13 @@ fwp::Moves plan(const fwp::Step& p) {
     return moves;
 }
 
+}  // namespace fwp
+
+namespace {
+
+using at::Tensor;
+using std::optional;
+
 // Starting threads takes some microseconds.
 int64_t grain(int64_t cost) { return std::max<int64_t>(1, 100000 / std::max<int64_t>(1, cost)); }
 
@@ -65,7 +69,7 @@ std::tuple<Tensor, Tensor> step(
         q, k, v, write, erase, decay, state, normalizer, order, places, projection, feature_map, nu,
         key_normalization);
     const fwp::Step& p = call.problem;
-    const fwp::Moves moves = plan(p);
+    const fwp::Moves moves = fwp::plan(p);
     at::parallel_for(
         0, moves.families() * p.heads, grain(p.features.dk * p.dv * p.rows / std::max<int64_t>(1, moves.families())),
         [&](int64_t begin, int64_t end) {

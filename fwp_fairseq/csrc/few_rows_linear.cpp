@@ -32,7 +32,7 @@ struct Layer {
         problem = {
             x.data_ptr(), matrix.data_ptr(), biased ? added.data_ptr() : nullptr,
             y.data_ptr(), rows,              inputs,
-            sizes.back(), matrix.stride(0),
+            sizes.back(), matrix.stride(0), sizes.back(),
         };
     }
 

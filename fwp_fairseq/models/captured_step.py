@@ -16,6 +16,8 @@ Whoever wants none sets FWP_CUDA_GRAPHS=0. A step is not captured, and decoding 
 - with gradients, autocast, torch.func, a compiler or an exporter at work, or in a capture of the caller's own;
 - with hooks, dropout that stays on, or modules of others in the decoder, which may do on the host whatever they like;
 - with options of fairseq's forward pass (``features_only``, ``alignment_layer`` and the like).
+
+The same holds of the steps on a processor (``compiled_step``), which are taken and left in the same way.
 """
 
 import copy
@@ -30,27 +32,30 @@ from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from fwp_fairseq.models.compiled_step import CompiledSteps, program_of
 from fwp_fairseq.modules.carried_state import IncrementalState
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
 from fwp_fairseq.modules.fast_weight_cross_attention import FastWeightCrossAttention
 from fwp_fairseq.modules.fast_weight_layers import FastWeightDecoderLayer
 from fwp_fairseq.modules.few_rows_linear import has_own_forward
+from fwp_fairseq.ops import native
 from fwp_fairseq.ops.torch_modes import is_transformed
 
 logger = logging.getLogger(__name__)
 
 SWITCH = "FWP_CUDA_GRAPHS"
-# Names in the incremental state: the step, and for how many rows at most there may be another one.
-_STEP = "captured_step"
-_MOST = "most_rows_of_a_captured_step"
+# Names in the incremental state: the step, and what makes it.
+_STEP = "step"
+_STEPS = "steps"
 # With fewer rows a step takes as long as its launches, and one for half of them would be no quicker.
 _FEW_ROWS = 64
 
 
 class CapturesSteps:
-    """Mixin for fairseq's Transformer decoders: a token of incremental decoding is a captured step, where it can be.
+    """Mixin for fairseq's Transformer decoders: a token of incremental decoding is one step, where it can be.
 
-    Outputs are those of the forward pass, but for ``inner_states``, which a captured step does not give.
+    On a GPU it is a captured step, on a processor a compiled one. Outputs are those of the forward pass, but for
+    ``inner_states``, which a step does not give.
     """
 
     embed_tokens: Any
@@ -60,7 +65,6 @@ class CapturesSteps:
     can_read_ahead: Callable[[], bool]
     get_incremental_state: Callable[..., Any]
     set_incremental_state: Callable[..., Any]
-    output_layer: Callable[[Tensor], Tensor]
 
     def forward(
         self,
@@ -71,45 +75,51 @@ class CapturesSteps:
     ) -> Any:
         if incremental_state is not None:
             wanted = all(x is None or x is False for x in kwargs.values()) and _is_plain(prev_output_tokens)
-            found = self._captured(prev_output_tokens, encoder_out, incremental_state, wanted and not self.training)
+            wanted = wanted and not self.training and (encoder_out is not None or self.layers[0].encoder_attn is None)
+            found = self._step(prev_output_tokens, encoder_out, incremental_state, wanted)
             if found is not None:
-                features, attn = found
-                return self.output_layer(features), {"attn": [attn], "inner_states": None}
+                logits, attn = found
+                return logits, {"attn": [attn], "inner_states": None}
         return super().forward(prev_output_tokens, encoder_out, incremental_state, **kwargs)  # type: ignore[misc]
 
     def note_order(self, incremental_state: IncrementalState, order: Tensor) -> bool:
-        """Whether there is a captured step in this search, which then applies ``order`` before the next token."""
+        """Whether there is a step in this search, which then applies ``order`` before the next token."""
         step = self.get_incremental_state(incremental_state, _STEP)
         if step is not None:
             step.note_order(order)
         return step is not None
 
-    def _captured(
+    def _step(
         self, tokens: Tensor, encoder_out: Any, incremental_state: IncrementalState, wanted: bool
     ) -> Optional[tuple[Tensor, Optional[Tensor]]]:
-        """Features (B, 1, C) and attention (B, 1, S) or None, by a captured step; None: there cannot be one."""
-        rows = tokens.size(0)
+        """Logits (B, 1, words) and attention (B, 1, S) or None, by a step; None: there cannot be one."""
         step = self.get_incremental_state(incremental_state, _STEP)
         if step is not None:
-            if wanted and step.begin(rows):
-                step.replay(self, tokens)
-                return step.outputs()
+            if wanted and step.begin(tokens.size(0)):
+                step.replay(self, tokens, encoder_out, incremental_state)
+                return step.outputs(self)
             self.set_incremental_state(incremental_state, _STEP, None)
             step.leave(self, incremental_state)
         if not wanted:
             return None
-        most = self.get_incremental_state(incremental_state, _MOST)
-        if most is None:
+        steps = self.get_incremental_state(incremental_state, _STEPS)
+        if steps is None:
             if not all(x._get_input_buffer(incremental_state) for x in _attentions(self)):
                 return None  # the first token, which writes the source and makes the state
-            most = rows if can_be_captured(self) else 0
-            self.set_incremental_state(incremental_state, _MOST, most)
-        if not 0 < rows <= most:
+            steps = _steps_of(self, tokens)
+            self.set_incremental_state(incremental_state, _STEPS, steps)
+        step = steps.make(self, tokens, encoder_out, incremental_state)
+        if step is None:
             return None
-        step = CapturedStep(self, tokens, encoder_out, incremental_state)
-        self.set_incremental_state(incremental_state, _STEP, step if step.graph else None)
-        self.set_incremental_state(incremental_state, _MOST, rows // 2 if step.graph else 0)
-        return step.outputs()
+        self.set_incremental_state(incremental_state, _STEP, step if step.goes_on else None)
+        return step.outputs(self)
+
+
+def _steps_of(decoder: Any, tokens: Tensor) -> Any:
+    """What makes steps of a search: of its ``make`` a step has decoded the last token, or is None."""
+    if _is_on_gpu(tokens):
+        return CapturedSteps(tokens.size(0) if can_be_captured(decoder) else 0)
+    return CompiledSteps(program_of(decoder) if is_known(decoder) else None)
 
 
 def can_be_captured(decoder: Any) -> bool:
@@ -120,21 +130,26 @@ def can_be_captured(decoder: Any) -> bool:
     switch = os.environ.get(SWITCH, "1")
     if switch not in ("0", "1"):
         raise ValueError(f"{SWITCH} is {switch}, allowed are 0 and 1")
+    return switch == "1" and is_known(decoder)
+
+
+def is_known(decoder: Any) -> bool:
+    """Whether its state does not grow, and nobody but this package, fairseq and torch has a part in its steps."""
     return (
-        switch == "1"
-        and decoder.can_read_ahead()
+        decoder.can_read_ahead()
         and all(type(layer) is FastWeightDecoderLayer for layer in decoder.layers)
         and all(isinstance(x, (FastWeightAttention, MultiheadAttention)) for x in _attentions(decoder))
         and not _has_any_global_hook()
-        and all(_is_known(module) for module in decoder.modules())
+        and all(_is_known(module, module is decoder) for module in decoder.modules())
     )
 
 
-def _is_known(module: nn.Module) -> bool:
+def _is_known(module: nn.Module, is_around: bool) -> bool:
+    """``is_around``: a step is made within its call, and so within what is around that."""
     return (
         type(module).__module__.partition(".")[0] in ("torch", "fairseq", __name__.partition(".")[0])
-        and not (module._forward_hooks or module._forward_pre_hooks or module.training or has_own_forward(module))
-        and not getattr(module, "apply_during_inference", False)
+        and (is_around or not (module._forward_hooks or module._forward_pre_hooks or has_own_forward(module)))
+        and not (module.training or getattr(module, "apply_during_inference", False))
     )
 
 
@@ -143,11 +158,11 @@ def _attentions(decoder: Any) -> list[Any]:
 
 
 def _is_plain(tokens: Tensor) -> bool:
-    """Whether nobody but the device looks at what is computed."""
+    """Whether nobody looks at what is computed, but the device, or compiled code."""
     return (
-        _is_on_gpu(tokens)
+        (_is_on_gpu(tokens) or (tokens.device.type == "cpu" and native.unavailable is None))
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cuda")
+        and not torch.is_autocast_enabled(tokens.device.type)
         and not is_transformed()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
@@ -156,6 +171,24 @@ def _is_plain(tokens: Tensor) -> bool:
 
 def _is_on_gpu(tokens: Tensor) -> bool:
     return tokens.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+class CapturedSteps:
+    """Makes the steps of a search, for as many rows as ``most``."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def make(
+        self, decoder: Any, tokens: Tensor, encoder_out: Any, incremental_state: IncrementalState
+    ) -> "Optional[CapturedStep]":
+        """A step that has decoded the last of ``tokens``, (B, T), or None: for so many rows there is none."""
+        rows = tokens.size(0)
+        if not 0 < rows <= self.most:
+            return None
+        step = CapturedStep(decoder, tokens, encoder_out, incremental_state)
+        self.most = rows // 2 if step.goes_on else 0
+        return step
 
 
 class CapturedStep:
@@ -187,6 +220,11 @@ class CapturedStep:
         # fairseq's attention takes for granted that a row stays with its sentence until one leaves the batch.
         self._can_leave_sentence = any(isinstance(x, FastWeightCrossAttention) for x in _attentions(decoder))
         self._decode_and_capture(self._reader(decoder), encoder_out, incremental_state)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is a graph for the tokens that follow."""
+        return self.graph is not None
 
     def _reader(self, decoder: Any) -> Any:
         """``decoder``, with the same layers, but what is looked up comes from here."""
@@ -258,17 +296,17 @@ class CapturedStep:
             x[: where.size(0)].copy_(x.index_select(0, where))
         return True
 
-    def replay(self, decoder: Any, tokens: Tensor) -> None:
+    def replay(self, decoder: Any, tokens: Tensor, *_: Any) -> None:
         """Decode the last of ``tokens``, (B, T), for which ``begin`` was asked."""
         for here, x in zip((self._tokens, *self._looked_up), (tokens[:, -1:], *_look_up(decoder, tokens))):
             here[: x.size(0)].copy_(x)
         assert self.graph is not None
         self.graph.replay()
 
-    def outputs(self) -> tuple[Tensor, Optional[Tensor]]:
-        """Features (B, 1, C), and attention (B, 1, S) or None, of the token that was decoded last."""
+    def outputs(self, decoder: Any) -> tuple[Tensor, Optional[Tensor]]:
+        """Logits (B, 1, words), and attention (B, 1, S) or None, of the token that was decoded last."""
         features, *attn = (x[: self.rows].clone() for x in self._outputs)
-        return features, attn[0] if attn else None
+        return decoder.output_layer(features), attn[0] if attn else None
 
     def __deepcopy__(self, memo: Any) -> "CapturedStep":
         """A copy of a search goes on without the graph, which is of this one's tensors."""

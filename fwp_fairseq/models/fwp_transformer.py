@@ -40,7 +40,7 @@ from fwp_fairseq.modules.places import (
     AttentionKind,
     places_with_fast_weights,
 )
-from fwp_fairseq.ops import UPDATE_RULES
+from fwp_fairseq.ops import UPDATE_RULES, native
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +233,10 @@ class FWPTransformerDecoder(CapturesSteps, CarriesState, TransformerDecoderBase)
         if str(self.cfg.fast_weights.decoding_weights) != "int8":
             return False
         if not int8_linear.is_there():
-            raise ValueError("--decoding-weights is int8, and this torch has no oneDNN for it: allowed is float32")
+            raise ValueError(
+                "--decoding-weights is int8, which needs the compiled operators: allowed is float32 "
+                f"({native.unavailable})"
+            )
         weight = next(self.parameters())
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
             logger.warning(

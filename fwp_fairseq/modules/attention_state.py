@@ -51,12 +51,12 @@ class AttentionState:
         x = self._tensors.get(name)
         if x is None or name not in _IN_PLACES:
             return x
-        where = self._where()
+        where = self.where()
         return x if where is None else x.index_select(0, where)
 
     def put(self, **tensors: Optional[Tensor]) -> None:
         """Keep these in place of those of the same names; each is of rows."""
-        if any(name in _IN_PLACES for name in tensors) and self._where() is not None:
+        if any(name in _IN_PLACES for name in tensors) and self.where() is not None:
             self._tensors = self.rows()
             self._places = self._order = None
         self._tensors.update({name: x for name, x in tensors.items() if x is not None})
@@ -72,6 +72,10 @@ class AttentionState:
         out, self._places = step(self._order, self._places)
         self._order = None
         return out
+
+    def stepped_to(self, places: Optional[Tensor]) -> None:
+        """Note where the rows have their memories after a step that somebody else made of them."""
+        self._places, self._order = places, None
 
     def share(self, rows: int, **tensors: Optional[Tensor]) -> None:
         """Keep what is of sentences: each is for as many of the ``rows``."""
@@ -120,8 +124,8 @@ class AttentionState:
                 self._tensors = self.rows()
                 self._places = self._order = None
 
-    def _where(self) -> Optional[Tensor]:
-        """Where each row has its memory; None: row i in place i."""
+    def where(self) -> Optional[Tensor]:
+        """The place where each row has its memory; None: row i in place i."""
         if self._order is None or self._places is None:
             return self._places if self._order is None else self._order
         return self._places.index_select(0, self._order)

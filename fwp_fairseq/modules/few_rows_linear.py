@@ -10,7 +10,7 @@ the weights that it has.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,26 @@ def _forward(layer: nn.Linear, integers: Optional[Int8Weight], input: Tensor) ->
     if integers is not None and dense and is_worth_it(weight) and _is_for_decoding(input):
         return integers.linear(input, weight, bias)
     return few_rows_linear(input, weight, bias)
+
+
+class Product(NamedTuple):
+    """x Wᵀ + bias, by the weight's numbers, or by its integers."""
+
+    weight: Tensor
+    bias: Optional[Tensor]
+    integers: Optional[Int8Weight]
+
+
+def product_of(layer: nn.Module) -> Optional[Product]:
+    """What it is to call ``layer`` in decoding, if that is all it does, hooks apart."""
+    if type(layer) is not nn.Linear or has_own_forward(layer) or not {"weight", "bias"} <= layer._parameters.keys():
+        return None
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    if weight is None or not (_is_dense(weight) and (bias is None or _is_dense(bias))):
+        return None
+    if _multiplies_integers(vars(layer).get("forward"), weight):
+        return Product(weight, bias, vars(layer)["forward"].args[1])
+    return Product(weight, bias, None)
 
 
 def _multiplies_integers(forward: Any, weight: Optional[Tensor]) -> bool:

@@ -179,6 +179,50 @@ def few_rows_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Opti
     return torch.ops.fwp_fairseq.few_rows_linears.default(x, weights, biases)
 
 
+def pack_integers(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight of 8-bit integers, (outputs, inputs), as ``integer_linear`` reads it: packed, and offset, (outputs)."""
+    return torch.ops.fwp_fairseq.pack_integers.default(weight)
+
+
+def integer_linear(x: Tensor, packed: Tensor, offset: Tensor, worth: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """x Wᵀ + bias by 8-bit integers: x (..., inputs) in float32, each row rounded to 63 steps of its largest number.
+
+    packed, offset: W of ``pack_integers``; worth, bias: (outputs), in float32, what a step of its row is worth. On a
+    processor; inference only.
+    """
+    return torch.ops.fwp_fairseq.integer_linear.default(x, packed, offset, worth, bias)
+
+
+def new_decoder_step() -> Any:
+    """A program for one token of all layers of a decoder, empty at first: what follows adds an operation to its end.
+
+    An operation makes another x (rows, columns) of the one that it finds. All is float32, on a processor.
+
+        keep(), add()                              keeps x; adds what was kept last
+        normalize(weight, bias, epsilon)           layer norm of all columns
+        activate(name)                             relu or gelu
+        multiply(inputs, weights, biases, offsets, worths)
+                                                   linear layers, whose outputs come to stand beside each other; with
+                                                   ``offsets`` and ``worths`` (None: without) of ``pack_integers``
+        convolve(first, heads, weights, hides_padding)
+                                                   the first columns become sums of what they are and were, by weights
+                                                   (tokens, columns): histories[first], (rows, H, tokens before, D)
+        remember(layer, heads, d_key, d_dot, feature_map, nu, key_normalization, projection, normalized, has_beta,
+                 has_alpha, range, gates)          ``step`` of queries, keys, values and logits of beta and alpha, in
+                                                   memories[layer]; gates: ``UpdateRule.as_sums``
+        look_at(first, heads, gives_weights)       softmax attention to sources[first]: keys, then values, both
+                                                   (sentences, H, S, D), and padding (sentences, S), which may be empty
+        recall(first, heads, d_key, d_dot, feature_map, nu, key_normalization, projection, normalized)
+                                                   ``read`` of sources[first], then the normalizer
+
+    ``run(x, padding, memories, normalizers, order, places, sources, histories)`` runs it for x (rows, columns) and
+    returns what x is in the end, weights of attention (rows, 1, S), empty if nothing gives them, places, as ``step``
+    has them, and the histories for the next token. All layers have their memories in the same places. Raises
+    ValueError, or IndexError for an order out of range.
+    """
+    return torch.classes.fwp_fairseq.DecoderStep()
+
+
 def _arguments(features: AddressFeatures, state: Tensor) -> tuple[Optional[Tensor], str, int, str]:
     feature_map, nu, key_normalization, projection = features
     return None if projection is None else projection.to(state.dtype), feature_map, nu, key_normalization
@@ -190,6 +234,9 @@ def _register() -> None:
     torch.library.register_fake("fwp_fairseq::few_rows_linear", lambda x, w, _: x.new_empty(*x.shape[:-1], w.size(0)))
     torch.library.register_fake(
         "fwp_fairseq::few_rows_linears", lambda x, weights, _: [x.new_empty(*x.shape[:-1], w.size(0)) for w in weights]
+    )
+    torch.library.register_fake(
+        "fwp_fairseq::integer_linear", lambda x, packed, offset, worth, _: x.new_empty(*x.shape[:-1], worth.numel())
     )
     torch.library.register_fake("fwp_fairseq::scan", _scan_shapes)
     torch.library.register_fake("fwp_fairseq::scan_backward", _backward_shapes)

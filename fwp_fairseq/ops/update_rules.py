@@ -64,6 +64,25 @@ class UpdateRule:
         values: dict[str, Any] = {option.name: option.default for option in self.options}
         return self.scalars(**dict.fromkeys(self.takes, torch.tensor(0.5)), **values).erase is not None
 
+    def as_sums(self, **choices: Any) -> Optional[list[Optional[tuple[float, float, float]]]]:
+        """Write, erase and decay as (constant, times β, times α), None for one that is not there.
+
+        None if the rule makes anything else of them. ``choices`` are values of its options.
+        """
+
+        def at(beta: float, alpha: float) -> list[Optional[float]]:
+            taken = {"beta": torch.tensor(beta, dtype=torch.float64), "alpha": torch.tensor(alpha, dtype=torch.float64)}
+            scalars = self.scalars(**{name: taken[name] for name in self.takes}, **choices)
+            return [None if x is None else float(x) for x in scalars]
+
+        corners = zip(at(0, 0), at(1, 0), at(0, 1))
+        sums = [None if c is None else (c, b - c, a - c) for c, b, a in corners]  # type: ignore[operator]
+        for beta, alpha in ((0.3, 0.9), (0.8, 0.1), (1.7, 0.6)):
+            for x, of in zip(at(beta, alpha), sums):
+                if of is not None and abs(x - (of[0] + of[1] * beta + of[2] * alpha)) > 1e-9:  # type: ignore[operator]
+                    return None
+        return sums
+
     def gates(
         self, beta: Optional[Tensor], alpha: Optional[Tensor], padding: Optional[Tensor] = None, **choices: Any
     ) -> Gates:
