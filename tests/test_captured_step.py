@@ -136,7 +136,8 @@ MODELS = {
     "attention normalisation": [*places("fast-weight", *PLACES), "--update-rule", "sum", "--feature-map", "elu"]
     + ["--attention-normalization"],
     "stages": [*places("fast-weight", *PLACES), "--short-convolution", "3", "--output-gate", "--read-layer-norm"],
-    "gated delta": ["--update-rule", "gated-delta", "--feature-map", "learned", "--decoder-learned-pos"],
+    "gated delta": ["--update-rule", "gated-delta", "--decoder-learned-pos"],
+    "learned": ["--update-rule", "gated-delta", "--feature-map", "learned"],
     "favor": ["--feature-map", "favor", "--favor-features", "4"],
     "fwm": ["--update-rule", "fwm", "--feature-map", "tanh", "--key-normalization", "none"],
     "chunk": ["--fast-weight-backend", "chunk", *places("fast-weight", *PLACES)],

@@ -36,7 +36,7 @@ from fwp_fairseq.tasks.parallel_prefix import FWPLanguageModelingTask
 pytestmark = pytest.mark.skipif(native.unavailable is not None, reason="without compiled operators")
 
 TOLERANCE = 1e-5
-NOT_COVERED = ("stages", "fwm", "chunk")
+NOT_COVERED = ("stages", "fwm", "chunk", "learned")
 CONVOLUTION = [*places("fast-weight", *PLACES), "--short-convolution", "3"]
 FEW = {"decoder": MODELS["decoder"], "all places": CONVOLUTION}
 few_models = pytest.mark.parametrize("flags", FEW.values(), ids=FEW)
