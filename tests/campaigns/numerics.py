@@ -24,6 +24,7 @@ float32 holds.
 """
 
 import argparse
+import math
 import random
 import sys
 from collections import defaultdict
@@ -346,7 +347,7 @@ def _feature_error(case: Case, module: KeyFeatures, name: str, x: Tensor, featur
     # elu and silu of very negative keys: their size is below the floor of a divisor, and they count as zero.
     counts = largest > torch.finfo(features.dtype).smallest_normal
     if case.feature_map in ("elu", "silu") and case.normalization != "none":
-        counts = x.double().amax(dim=-1, keepdim=True) > -40
+        counts = module.map.apply(x.double()).abs().amax(dim=-1, keepdim=True) > math.exp(-40)
     error = (features.double() - exact).abs() / (digits + torch.finfo(features.dtype).smallest_normal)
     error = error * counts
     found = float(error.max())
