@@ -16,7 +16,7 @@ from conftest import ROOT, Run, find_script
 from fwp_fairseq.ops import fast_weight_scan
 
 README, REFERENCE = ROOT / "README.md", ROOT / "fwp_fairseq" / "REFERENCE.md"
-PAGES = [ROOT / name for name in subprocess.check_output(["git", "ls-files", "*.md"], cwd=ROOT, text=True).split()]
+PAGES = [README, *sorted(page for part in ("fwp_fairseq", "recipes", "tests") for page in (ROOT / part).rglob("*.md"))]
 COMMANDS = ("preprocess", "train", "generate", "interactive", "eval-lm", "hydra-train")
 
 
