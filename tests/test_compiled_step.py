@@ -4,7 +4,6 @@ The loops and searches are those of the captured steps: what holds for these has
 """
 
 import argparse
-import copy
 import gc
 import unittest.mock
 import weakref
@@ -18,6 +17,7 @@ from test_captured_step import (
     assert_same,
     foreign,
     loop,
+    on_a_copy,
     other_forward,
     retained_dropout,
     search,
@@ -141,16 +141,10 @@ def test_padding_among_the_tokens_leaves_the_memory_as_it_is(flags, steps):
 def test_a_copy_of_a_search_goes_on_as_the_search_does(flags, steps):
     model = translation(flags, 1)
 
-    def on_a_copy(token, words, state):
-        if token == 4:
-            other = copy.deepcopy(state)
-            model.decoder(words + 0, None, state)  # which changes nothing in the copy
-            return {}, other
-
     orders = [None, None, None, [1, 0, 5, 5], [2, 3, 0, 0], [1, 0, 2, 3]]
     with torch.no_grad():
         expected = without_steps(loop, model, orders)
-    torch.testing.assert_close(loop(model, orders, on_a_copy), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(loop(model, orders, on_a_copy(model)), expected, rtol=TOLERANCE, atol=TOLERANCE)
     assert steps.tokens
 
 

@@ -62,6 +62,40 @@ END
     printf '%s\n' "${options[*]}" >steps/attention
 }
 
+# --- Several runs ----------------------------------------------------------------------------------------------------
+
+# What compare.sh and convert.sh hand on to run.sh, and the seeds.
+several_runs_options() {
+    option cache text "" "folder for downloaded wheels (default: that of run.sh)"
+    option wheels text "" "take the strings from the wheels in this folder, download none"
+    option vocab-size count 4000 "pieces of the sentencepiece vocabulary that both languages share"
+    option valid-size count 500 "pairs for validation"
+    option test-size count 500 "pairs for the score"
+    option seeds text "1 2 3" "seeds to train each with, between spaces"
+}
+
+# Check what was given of them, and set seed_list=().
+check_several_runs_options() {
+    local seed
+    ((!${#words[@]})) || fail "unexpected argument '${words[0]}' (--help lists the options)."
+    read -ra seed_list <<<"$seeds"
+    ((${#seed_list[@]})) || fail "--seeds is empty."
+    for seed in "${seed_list[@]}"; do
+        check_option seed number
+    done
+    [[ -z $wheels || $wheels == /* ]] || wheels=$PWD/$wheels
+    [[ -z $cache || $cache == /* ]] || cache=$PWD/$cache
+}
+
+# Set run=(), the command of run.sh with them.
+several_runs_command() {
+    run=(bash "$recipe/run.sh" --output "$output" --python "$python" --venv "$venv"
+        --vocab-size "$vocab_size" --valid-size "$valid_size" --test-size "$test_size")
+    [[ -z $threads ]] || run+=(--threads "$threads")
+    [[ -z $cache ]] || run+=(--cache "$cache")
+    [[ -z $wheels ]] || run+=(--wheels "$wheels")
+}
+
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 # enter_model NAME SETTING...: from all that decides what is trained, set $settings, and the model's $folder, which is

@@ -60,24 +60,12 @@ read_row() {
 }
 
 common_options
-option cache text "" "folder for downloaded wheels (default: that of run.sh)"
-option wheels text "" "take the strings from the wheels in this folder, download none"
-option vocab-size count 4000 "pieces of the sentencepiece vocabulary that both languages share"
-option valid-size count 500 "pairs for validation"
-option test-size count 500 "pairs for the score"
+several_runs_options
 option epochs count 20 "passes over the training pairs"
-option seeds text "1 2 3" "seeds to train each with, between spaces"
 option only text "" "names of what to compare, between spaces (default: all)"
 option jobs count 1 "how many to train at a time; they share the processor's cores"
 parse_options "$@"
-((!${#words[@]})) || fail "unexpected argument '${words[0]}' (--help lists the options)."
-read -ra seed_list <<<"$seeds"
-((${#seed_list[@]})) || fail "--seeds is empty."
-for seed in "${seed_list[@]}"; do
-    check_option seed number
-done
-[[ -z $wheels || $wheels == /* ]] || wheels=$PWD/$wheels
-[[ -z $cache || $cache == /* ]] || cache=$PWD/$cache
+check_several_runs_options
 
 chosen=()
 for row in "${configurations[@]}"; do
@@ -93,10 +81,8 @@ if [[ -z $threads ]]; then
     ((threads)) || threads=1
 fi
 
-run=(bash "$recipe/run.sh" --output "$output" --python "$python" --venv "$venv" --threads "$threads" --epochs "$epochs"
-    --vocab-size "$vocab_size" --valid-size "$valid_size" --test-size "$test_size")
-[[ -z $cache ]] || run+=(--cache "$cache")
-[[ -z $wheels ]] || run+=(--wheels "$wheels")
+several_runs_command
+run+=(--epochs "$epochs")
 "${run[@]}" --data-only
 
 # --- Training --------------------------------------------------------------------------------------------------------

@@ -22,29 +22,13 @@ END
 }
 
 common_options
-option cache text "" "folder for downloaded wheels (default: that of run.sh)"
-option wheels text "" "take the strings from the wheels in this folder, download none"
-option vocab-size count 4000 "pieces of the sentencepiece vocabulary that both languages share"
-option valid-size count 500 "pairs for validation"
-option test-size count 500 "pairs for the score"
+several_runs_options
 option epochs count 18 "passes over the training pairs of the model with softmax attention"
-option seeds text "1 2 3" "seeds to train each with, between spaces"
 parse_options "$@"
-((!${#words[@]})) || fail "unexpected argument '${words[0]}' (--help lists the options)."
-read -ra seed_list <<<"$seeds"
-((${#seed_list[@]})) || fail "--seeds is empty."
-for seed in "${seed_list[@]}"; do
-    check_option seed number
-done
-[[ -z $wheels || $wheels == /* ]] || wheels=$PWD/$wheels
-[[ -z $cache || $cache == /* ]] || cache=$PWD/$cache
+check_several_runs_options
 enter_output
 
-run=(bash "$recipe/run.sh" --output "$output" --python "$python" --venv "$venv"
-    --vocab-size "$vocab_size" --valid-size "$valid_size" --test-size "$test_size")
-[[ -z $threads ]] || run+=(--threads "$threads")
-[[ -z $cache ]] || run+=(--cache "$cache")
-[[ -z $wheels ]] || run+=(--wheels "$wheels")
+several_runs_command
 
 # convert PLACES OPTION...: make fast weights of the parent with this seed, as PLACES-converted-seedN after an update that
 # changes nothing, and as PLACES-finetuned-seedN.
