@@ -229,7 +229,7 @@ class FWPTransformerDecoder(CapturesSteps, CarriesState, TransformerDecoderBase)
         use_few_rows_linear(self, int8=self._is_for_int8())
 
     def _is_for_int8(self) -> bool:
-        """Whether --decoding-weights asks for it. Raises ValueError if this torch cannot do it."""
+        """Whether --decoding-weights asks for it. Raises ValueError without the compiled operators, which do it."""
         if str(self.cfg.fast_weights.decoding_weights) != "int8":
             return False
         if not int8_linear.is_there():
