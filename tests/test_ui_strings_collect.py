@@ -156,6 +156,15 @@ def test_po_is_preferred_to_mo_and_other_languages_are_left_alone(tmp_path: Path
     assert set(pairs(build(tmp_path, members))) == {source for source, _ in phrases(2, 2)} | {"Sign out"}
 
 
+def test_another_target_language_takes_its_catalogues_and_leaves_none_of_the_first(tmp_path: Path) -> None:
+    french = [("Good day", "Bonjour monsieur"), ("Good night", "Bonne nuit"), ("Thank you", "Merci beaucoup")]
+    build(tmp_path, {DE + ".po": catalogue(phrases(2, 2)), "app/fr_FR/LC_MESSAGES/app.po": catalogue(french)})
+    assert run(tmp_path, "--valid-size", "1", "--test-size", "1", "--target-language", "fr") == 0
+    targets = [line for file in (tmp_path / "corpus").glob("*.fr") for line in file.read_text("utf-8").splitlines()]
+    assert sorted(targets) == sorted(target for _, target in french)
+    assert not list((tmp_path / "corpus").glob("*.de"))
+
+
 def test_members_with_names_that_leave_the_folder_are_neither_read_nor_written(tmp_path: Path) -> None:
     evil = catalogue([("Evil string", "Böse Zeichenkette")])
     members = {
@@ -271,7 +280,7 @@ def huge_catalogue(folder: Path) -> None:
         (invalid_po, ["bad-1.0-py3-none-any.whl", "django.po", "cannot be read"]),
         (invalid_mo, ["bad-1.0-py3-none-any.whl", "django.mo", "cannot be read"]),
         (huge_catalogue, ["bad-1.0-py3-none-any.whl", "django.po", "larger than"]),
-        (no_german, ["No German message catalogue"]),
+        (no_german, ["No message catalogue of 'de'"]),
         (too_few, ["too few", "--valid-size 1", "--test-size 1"]),
         (no_wheel, ["--wheels", "holds no .whl"]),
     ],

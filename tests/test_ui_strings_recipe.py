@@ -188,6 +188,8 @@ def test_translate_without_a_trained_model_says_so(tmp_path: Path) -> None:
         (["--model", "../away"], ["--model", "../away"]),
         (["--wheels", "/no/such/folder"], ["--wheels", "/no/such/folder"]),
         (["--threads", "0"], ["--threads"]),
+        (["--target-language", "en"], ["--target-language", "'en'"]),
+        (["--target-language", "../x"], ["--target-language", "'../x'"]),
         (["--python", "/no/such/python"], ["--python", "/no/such/python"]),
     ],
 )
@@ -246,6 +248,17 @@ def test_compare_writes_the_same_figures_as_table_and_csv(
     table = (out / "compare.md").read_text()
     assert done.stdout.endswith(table)
     assert f"| softmax | nowhere | {result['bleu']:.1f} |" in table
+
+
+def test_another_target_language_is_learned_compared_and_translated_into(tmp_path: Path) -> None:
+    french = {"app/locale/fr/LC_MESSAGES/django.po": catalogue(phrases(12, 12))}
+    make_wheel(tmp_path / "wheels", "app", french)
+    out = ["--output", str(tmp_path / "out")]
+    data = ["--wheels", str(tmp_path / "wheels"), "--target-language", "fr"]
+    done = script("compare.sh", *out, *data, *SMALL, "--epochs", "1", "--only", "softmax", "--seeds", "7")
+    assert done.returncode == 0, done.stdout + done.stderr
+    translated = script("translate.sh", *out, "--model", "softmax-seed7", "Save the file")
+    assert translated.returncode == 0 and len(translated.stdout.splitlines()) == 1, translated.stderr
 
 
 @pytest.mark.parametrize(

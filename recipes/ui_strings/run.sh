@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# English-German translation of user-interface strings, from nothing to a BLEU score. See README.md, or --help.
+# Translation of user-interface strings from English to German, from nothing to a BLEU score. See README.md, or --help.
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -17,7 +17,7 @@ default_cross_attention=softmax
 width=128
 heads=4
 training=(
-    --task translation --source-lang en --target-lang de --arch fwp_transformer
+    --task translation --arch fwp_transformer
     --encoder-layers 2 --encoder-embed-dim "$width" --encoder-ffn-embed-dim 512 --encoder-attention-heads "$heads"
     --decoder-layers 2 --decoder-embed-dim "$width" --decoder-ffn-embed-dim 512 --decoder-attention-heads "$heads"
     --share-all-embeddings --dropout 0.1
@@ -44,7 +44,8 @@ usage() {
     cat <<END
 Usage: bash run.sh [OPTION]... [-- FAIRSEQ_TRAIN_OPTION...]
 
-Collect English-German user-interface strings, train a translation model on them, and score it on held-out strings.
+Collect user-interface strings in English and German, train a translation model on them, and score it on held-out
+strings.
 What is done already is not done again. The last line is BLEU = NN.N.
 
 Takes 10 minutes on two cores, 88 MB to download, 1.8 GB of disk, most of it the environment.
@@ -54,6 +55,7 @@ END
 common_options
 option cache text "${XDG_CACHE_HOME:-$HOME/.cache}/fwp-fairseq/wheels" "folder for downloaded wheels"
 option wheels text "" "take the strings from the wheels in this folder, download none"
+option target-language text de "language to translate into: de or fr, or another of two letters that the wheels have"
 option vocab-size count 4000 "pieces of the sentencepiece vocabulary that both languages share"
 option valid-size count 500 "pairs for validation"
 option test-size count 500 "pairs for the score"
@@ -71,6 +73,7 @@ option data-only flag 0 "stop before the training"
 parse_options "$@"
 ((!${#words[@]})) || fail "unexpected argument '${words[0]}' (--help lists the options)."
 check_model_name
+check_target_language
 [[ -z $wheels || -d $wheels ]] || fail "--wheels $wheels is not a folder."
 [[ -z $wheels ]] || wheels=$(cd -- "$wheels" && pwd)
 [[ $cache == /* ]] || cache=$PWD/$cache
@@ -93,22 +96,23 @@ fi
 flags+=(--encoder-self-attention "$encoder_self_attention" --decoder-self-attention "$decoder_self_attention"
     --cross-attention "$cross_attention" ${extra[@]+"${extra[@]}"})
 
-training+=(--lr "$(learning_rates)")
+training+=(--source-lang en --target-lang "$target_language" --lr "$(learning_rates)")
 
 # --- Data ------------------------------------------------------------------------------------------------------------
 
 collect() {
     local source=(--cache "$cache")
     [[ -z $wheels ]] || source=(--wheels "$wheels")
-    "$python" "$recipe/collect.py" "${source[@]}" --output corpus --valid-size "$valid_size" --test-size "$test_size"
+    "$python" "$recipe/collect.py" "${source[@]}" --output corpus --target-language "$target_language" \
+        --valid-size "$valid_size" --test-size "$test_size"
 }
 
 make_text() {
     local part language subwords=$recipe/subwords.py
     mkdir -p text
-    "$python" "$subwords" learn --model text/spm --size "$vocab_size" corpus/train.en corpus/train.de
+    "$python" "$subwords" learn --model text/spm --size "$vocab_size" corpus/train.en "corpus/train.$target_language"
     for part in train valid test; do
-        for language in en de; do
+        for language in en "$target_language"; do
             "$python" "$subwords" encode --model text/spm.model "corpus/$part.$language" "text/$part.$language"
         done
     done
@@ -116,8 +120,9 @@ make_text() {
 
 make_binary() {
     rm -rf data-bin data-bin.new
-    quietly preprocess.log fairseq preprocess --source-lang en --target-lang de --joined-dictionary --workers 1 \
-        --trainpref text/train --validpref text/valid --testpref text/test --destdir data-bin.new >/dev/null
+    quietly preprocess.log fairseq preprocess --source-lang en --target-lang "$target_language" --joined-dictionary \
+        --workers 1 --trainpref text/train --validpref text/valid --testpref text/test --destdir data-bin.new \
+        >/dev/null
     mv data-bin.new data-bin
 }
 
@@ -127,7 +132,7 @@ if [[ -n $wheels ]]; then
     sources=("$wheels"/*.whl)
 fi
 step steps/corpus corpus \
-    "$(fingerprint "$recipe/collect.py" "${sources[@]}") valid $valid_size test $test_size" "collecting strings" collect
+    "$(fingerprint "$recipe/collect.py" "${sources[@]}") $target_language valid $valid_size test $test_size" "collecting strings" collect
 corpus=$(fingerprint corpus/corpus.json)
 step steps/text text "$corpus pieces $vocab_size" "sentencepiece vocabulary" make_text
 step steps/data-bin data-bin "$corpus pieces $vocab_size" "fairseq-preprocess" make_binary
@@ -137,7 +142,7 @@ step steps/data-bin data-bin "$corpus pieces $vocab_size" "fairseq-preprocess" m
 
 train_model() {
     # A model folder holds all that translate.sh needs, whatever becomes of the data.
-    cp text/spm.model data-bin/dict.en.txt data-bin/dict.de.txt "$folder/"
+    cp text/spm.model data-bin/dict.en.txt "data-bin/dict.$target_language.txt" "$folder/"
     train "$folder" data-bin "${training[@]}" "${flags[@]}"
 }
 

@@ -7,8 +7,8 @@ usage() {
     cat <<END
 Usage: bash translate.sh [OPTION]... [--] [SENTENCE]...
 
-Translate each argument, or, without arguments, each line of standard input, from English to German. Only translations
-are written to standard output, one a line, in the order of the input.
+Translate each argument, or, without arguments, each line of standard input, from English. Only translations are written
+to standard output, one a line, in the order of the input.
 END
 }
 
@@ -24,7 +24,11 @@ if [[ -z $model && -f latest ]]; then
 else
     folder=models/$model
 fi
-for file in checkpoint_best.pt spm.model dict.en.txt dict.de.txt; do
+target_language=xx
+for file in "$folder"/dict.??.txt; do
+    [[ ! -e $file || $file == */dict.en.txt ]] || target_language=${file: -6:2}
+done
+for file in checkpoint_best.pt spm.model dict.en.txt "dict.$target_language.txt"; do
     [[ -e $folder/$file ]] ||
         fail "there is no trained model in $output${model:+/models/$model}: train one with run.sh first."
 done
@@ -60,6 +64,6 @@ translations() {
 log=$(mktemp)
 trap 'rm -f -- "$log"' EXIT
 sentences | PYTHONUNBUFFERED=1 quietly "$log" fairseq interactive "$folder" "${basics[@]}" \
-    --path "$folder/checkpoint_best.pt" --task translation --source-lang en --target-lang de \
+    --path "$folder/checkpoint_best.pt" --task translation --source-lang en --target-lang "$target_language" \
     --beam "$beam" "${search[@]}" --buffer-size "$buffer" --batch-size "$buffer" \
     --bpe sentencepiece --sentencepiece-model "$folder/spm.model" | translations
