@@ -30,36 +30,58 @@ const float* numbers(const optional<Tensor>& x) { return x ? numbers(*x) : nullp
 // With more of them products are bound by arithmetic, and the BLAS is as good.
 constexpr int64_t kFewRows = 64;
 
-// Rows of numbers that an operation reads and the next one writes: one piece of memory, which grows.
+// Rows of numbers that an operation reads and the next one writes: in memory of their own, which grows, or somebody's.
 struct Rows {
     std::vector<float> storage;
+    float* data = nullptr;
     int64_t width = 0;
 
     float* resize(int64_t rows, int64_t columns) {
         width = columns;
         if (int64_t(storage.size()) < rows * columns) storage.resize(rows * columns);
-        return storage.data();
+        return data = storage.data();
     }
+};
+
+// What steps write and nobody reads after them. A thread keeps it, since new memory costs more than what is written.
+struct Scratch {
+    Rows x, y, kept;
+    std::vector<uint8_t> integers;
+    std::vector<float> steps;
 };
 
 // What a step is given, and what operations leave for each other.
 struct Run {
     Team& team;
     int64_t rows;
-    Rows x, y, kept;
+    Scratch& scratch;
     const bool* padding;                     // (rows), or null
     at::TensorList memories, normalizers, sources, histories;
     const Step& moving;                      // rows, slots, order and places
     const Moves& moves;
     std::vector<Tensor> left;                // histories for the next token
     Tensor weights;                          // (rows, 1, length) of the sources, if an operation gives them
-    std::vector<uint8_t> integers;
-    std::vector<float> steps;
+    bool is_last = false;                    // whether the operation is the program's last
+    Tensor out;                              // what it has made
+    Rows &x = scratch.x, &y = scratch.y, &kept = scratch.kept;
 
-    float* data() { return x.storage.data(); }
+    float* data() { return x.data; }
     // The next x, which `turn` makes of what is there.
-    float* next(int64_t columns) { return y.resize(rows, columns); }
+    float* next(int64_t columns) {
+        if (!is_last) return y.resize(rows, columns);
+        out = at::empty({rows, columns}, at::kFloat);
+        y.width = columns;
+        return y.data = out.data_ptr<float>();
+    }
     void turn() { std::swap(x, y); }
+    // What x is in the end.
+    const Tensor& result() {
+        if (!out.defined() || out.const_data_ptr<float>() != x.data) {
+            out = at::empty({rows, x.width}, at::kFloat);
+            std::copy_n(x.data, out.numel(), out.data_ptr<float>());
+        }
+        return out;
+    }
 };
 
 struct Operation {
@@ -77,7 +99,7 @@ struct Add : Operation {
     void run(Run& r) const override {
         TORCH_CHECK(r.kept.width == r.x.width, "what was kept has ", r.kept.width, " columns, not ", r.x.width);
         float* x = r.data();
-        const float* kept = r.kept.storage.data();
+        const float* kept = r.kept.data;
         for (int64_t i = 0; i < r.rows * r.x.width; ++i) x[i] += kept[i];
     }
 };
@@ -139,24 +161,27 @@ struct Multiply : Operation {
         float* y = r.next(outputs);
         const int64_t row_bytes = (inputs + 3) / 4 * 4;
         if (integers) {
-            r.integers.resize(r.rows * row_bytes), r.steps.resize(r.rows);
+            r.scratch.integers.resize(r.rows * row_bytes), r.scratch.steps.resize(r.rows);
             r.team.share(r.rows, 4 * inputs, [&](int64_t begin, int64_t end) {
-                to_integers(r.data() + begin * inputs, end - begin, inputs, r.integers.data() + begin * row_bytes,
-                            r.steps.data() + begin);
+                to_integers(r.data() + begin * inputs, end - begin, inputs,
+                            r.scratch.integers.data() + begin * row_bytes, r.scratch.steps.data() + begin);
             });
         }
         if (!integers && r.rows > kFewRows) {
             multiply_by_blas(r, y);
             return r.turn();
         }
-        int64_t panels = 0;
-        for (const Weight& w : weights) panels += panels_of(w);
-        r.team.share(panels, kPanel * inputs * cost(r.rows), [&](int64_t begin, int64_t end) {
+        // Rows are read once for all panels of a part: of integers, whose panels are small, for several.
+        const int64_t together = integers ? 4 : 1;
+        const auto parts_of = [&](const Weight& w) { return (panels_of(w) + together - 1) / together; };
+        int64_t parts = 0;
+        for (const Weight& w : weights) parts += parts_of(w);
+        r.team.share(parts, together * kPanel * inputs * cost(r.rows), [&](int64_t begin, int64_t end) {
             int64_t column = 0;
             for (const Weight& w : weights) {
-                const int64_t from = std::max<int64_t>(begin, 0), to = std::min(end, panels_of(w));
-                if (from < to) multiply(r, w, y + column, from, to);
-                begin -= panels_of(w), end -= panels_of(w), column += w.outputs;
+                const int64_t from = std::max<int64_t>(begin, 0), to = std::min(end, parts_of(w));
+                if (from < to) multiply(r, w, y + column, from * together, std::min(to * together, panels_of(w)));
+                begin -= parts_of(w), end -= parts_of(w), column += w.outputs;
             }
         });
         r.turn();
@@ -181,7 +206,7 @@ struct Multiply : Operation {
     void multiply(Run& r, const Weight& w, float* y, int64_t from, int64_t to) const {
         if (w.worth) {
             const IntegerLinear p{
-                r.integers.data(), r.steps.data(), w.matrix.const_data_ptr<int8_t>(),
+                r.scratch.integers.data(), r.scratch.steps.data(), w.matrix.const_data_ptr<int8_t>(),
                 w.offset->const_data_ptr<int32_t>(), numbers(w.worth), numbers(w.bias), y,
                 r.rows, inputs, w.outputs, outputs,
             };
@@ -211,7 +236,7 @@ struct Convolve : Operation {
             TORCH_CHECK_VALUE(
                 history.dim() == 4 && history.size(1) == heads && history.size(2) == before && history.size(3) == d &&
                     history.is_contiguous() && history.scalar_type() == at::kFloat &&
-                    (r.moving.order || history.size(0) == r.rows) && (part + 1) * width <= columns,
+                    (r.moving.order || history.size(0) == r.rows) && int64_t(part + 1) * width <= columns,
                 "a history must be (rows, H, tokens before, D), contiguous and float32");
             Tensor left = at::empty({r.rows, heads, before, d}, history.options());
             const float* w = numbers(weight);
@@ -329,7 +354,10 @@ struct LookAt : Operation {
             r.weights = at::empty({r.rows, 1, length}, keys.options());
             p.average = r.weights.data_ptr<float>();
         }
-        r.team.share(r.rows, 2 * heads * length * d, [&](int64_t begin, int64_t end) { attend(p, begin, end); });
+        // The heads of a sentence have their average together.
+        const int64_t together = gives_weights ? heads : 1;
+        r.team.share(sentences * heads / together, together * (2 * length * d + 20 * length) * r.rows / sentences,
+                     [&](int64_t begin, int64_t end) { attend(p, begin * together, end * together); });
         r.turn();
     }
 };
@@ -450,12 +478,15 @@ struct DecoderStep : torch::CustomClassHolder {
         Tensor out, weights;
         std::vector<Tensor> left;
         const auto lead = [&](Team& team) {
-            Run r{team, rows, {}, {}, {}, padding ? hidden.const_data_ptr<bool>() : nullptr, memories, normalizers,
-                  sources, histories, moving, plan, std::vector<Tensor>(histories.size()), {}, {}, {}};
+            thread_local Scratch scratch;
+            Run r{team, rows, scratch, padding ? hidden.const_data_ptr<bool>() : nullptr, memories, normalizers,
+                  sources, histories, moving, plan, std::vector<Tensor>(histories.size())};
             std::copy_n(numbers(input), input.numel(), r.x.resize(rows, input.size(1)));
-            for (const auto& operation : operations) operation->run(r);
-            out = at::empty({rows, r.x.width}, x.options());
-            std::copy_n(r.data(), out.numel(), out.data_ptr<float>());
+            for (const auto& operation : operations) {
+                r.is_last = operation == operations.back();
+                operation->run(r);
+            }
+            out = r.result();
             weights = r.weights.defined() ? r.weights : at::empty({0}, x.options());
             left = std::move(r.left);
         };

@@ -11,10 +11,35 @@
 #include <vector>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#endif
+// Assemblers that come with older compilers do not know its instructions.
+#if defined(__x86_64__) && defined(__linux__) && (__clang_major__ >= 12 || __GNUC__ >= 11)
+#define FWP_AMX_IS_KNOWN
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace fwp {
+
+#if defined(FWP_AMX_IS_KNOWN)
+namespace {
+
+// Whether the processor has matrices of 8-bit integers (AMX), and Linux lets this process use them.
+bool has_amx() {
+    static const bool has = [] {
+        constexpr unsigned kTiles = 1 << 24, kIntegers = 1 << 25, kBoth = kTiles | kIntegers;
+        unsigned a, b, c, d;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBoth) != kBoth) return false;
+        constexpr long kAskFor = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        return syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
+    }();
+    return has;
+}
+
+}  // namespace
+#endif
 
 #define FWP_ISA baseline
 #define FWP_VECTOR_BYTES 16
@@ -54,6 +79,9 @@ namespace fwp {
 #define FWP_ISA avx512
 #define FWP_VECTOR_BYTES 64
 #define FWP_VNNI
+#if defined(FWP_AMX_IS_KNOWN)
+#define FWP_AMX
+#endif
 #include "fast_weights_cpu_kernels.h"
 #include "fast_weights_cpu_step.h"
 #include "few_rows_linear_kernel.h"
@@ -61,6 +89,7 @@ namespace fwp {
 #undef FWP_ISA
 #undef FWP_VECTOR_BYTES
 #undef FWP_VNNI
+#undef FWP_AMX
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

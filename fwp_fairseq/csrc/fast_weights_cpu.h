@@ -71,7 +71,7 @@ struct Attend {
     int64_t rows, sentences, heads, head_dim, length;
 };
 
-// Rows [begin, end).
+// Work items [begin, end): a sentence and a head. With an average, all heads of a sentence are computed in order.
 void attend(const Attend& problem, int64_t begin, int64_t end);
 
 // Rows are rounded to kSteps steps on either side of zero: sums of two products with a weight fit 16 bits.
