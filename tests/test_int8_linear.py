@@ -135,15 +135,42 @@ def prepared(build: Any, *flags: str) -> Any:
 
 
 @pytest.mark.parametrize("chosen", [places("fast-weight"), []], ids=["all places", "decoder"])
-def test_a_search_finds_nearly_the_same_and_the_encoder_is_as_it_was(chosen):
+def test_a_search_finds_nearly_the_same(chosen):
     sizes = ["--encoder-embed-dim", "32", "--decoder-embed-dim", "32", *chosen]
     plain, int8 = prepared(build_translation, *sizes), prepared(build_translation, *sizes, *INT8)
     sources = {name: translation_batch(plain)[name] for name in ("src_tokens", "src_lengths")}
-    with torch.no_grad():
-        assert torch.equal(plain.encoder(**sources)["encoder_out"][0], int8.encoder(**sources)["encoder_out"][0])
     for ours, theirs in zip(generate(int8, sources, 4, 8), generate(plain, sources, 4, 8), strict=True):
         assert abs(ours[0]["score"] - theirs[0]["score"]) < 0.1
         assert ours[0]["score"] != theirs[0]["score"]
+
+
+@pytest.mark.parametrize("attention", ["softmax", "fast-weight"])
+@torch.no_grad()
+def test_the_encoder_is_close_and_a_sentence_does_not_depend_on_padding(attention):
+    sizes = ["--encoder-embed-dim", "32", "--decoder-embed-dim", "32", "--encoder-self-attention", attention]
+    plain, int8 = (prepared(build_translation, *sizes, *more).encoder for more in ([], INT8))
+    tokens, lengths = torch.randint(4, 20, (3, 9)), torch.tensor([9, 9, 6])
+    tokens[2, :3] = 1
+    found, expected = (x(tokens, lengths)["encoder_out"][0] for x in (int8, plain))
+    assert not torch.equal(found, expected) and (found - expected)[3:].abs().max() < 0.1
+    alone = int8(tokens[2:, 3:], lengths[2:])["encoder_out"][0]
+    torch.testing.assert_close(found[3:, 2:], alone, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_attention_in_an_int8_encoder_does_whatever_else_it_is_asked_for():
+    sizes = ["--encoder-embed-dim", "32", "--decoder-embed-dim", "32"]
+    attention = prepared(build_translation, *sizes, *INT8).encoder.layers[0].self_attn
+    x, padding = torch.randn(6, 2, 32), torch.zeros(2, 6, dtype=torch.bool)
+    padding[1, :2] = True
+    ours, none = attention(x, key=x, value=x, key_padding_mask=padding, need_weights=False, attn_mask=None)
+    theirs, weights = attention(x, x, x, padding)
+    assert none is None and weights.shape == (2, 6, 6)
+    torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0)
+    mask = torch.full((6, 6), -1e8).triu(1)
+    causal, _ = attention(x, key=x, value=x, need_weights=False, attn_mask=mask)
+    first, _ = attention(x[:1], key=x[:1], value=x[:1], need_weights=False)
+    torch.testing.assert_close(causal[:1], first, atol=0.05, rtol=0)
 
 
 def test_language_models_have_it_and_what_it_does_not_change_is_said(caplog):

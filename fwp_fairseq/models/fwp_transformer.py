@@ -31,6 +31,7 @@ from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 from fwp_fairseq.modules.fast_weight_cross_attention import FastWeightCrossAttention
 from fwp_fairseq.modules.fast_weight_layers import FastWeightDecoderLayer, FastWeightEncoderLayer, wrap_layer
 from fwp_fairseq.modules.few_rows_linear import use_few_rows_linear
+from fwp_fairseq.modules.int8_encoder import use_int8_encoder
 from fwp_fairseq.modules.places import (
     CROSS_ATTENTION,
     DECODER_SELF_ATTENTION,
@@ -226,12 +227,16 @@ class FWPTransformerDecoder(CapturesSteps, CarriesState, TransformerDecoderBase)
 
     def make_generation_fast_(self, **kwargs: Any) -> None:
         """fairseq calls this of every module of a model that is going to generate."""
-        use_few_rows_linear(self, int8=self._is_for_int8())
+        if self.multiplies_integers():
+            self._check_integers()
+        use_few_rows_linear(self, int8=self.multiplies_integers())
 
-    def _is_for_int8(self) -> bool:
-        """Whether --decoding-weights asks for it. Raises ValueError without the compiled operators, which do it."""
-        if str(self.cfg.fast_weights.decoding_weights) != "int8":
-            return False
+    def multiplies_integers(self) -> bool:
+        """Whether --decoding-weights asks for it."""
+        return str(self.cfg.fast_weights.decoding_weights) == "int8"
+
+    def _check_integers(self) -> None:
+        """Raises ValueError without the compiled operators, which do it."""
         if not int8_linear.is_there():
             raise ValueError(
                 "--decoding-weights is int8, which needs the compiled operators: allowed is float32 "
@@ -244,7 +249,6 @@ class FWPTransformerDecoder(CapturesSteps, CarriesState, TransformerDecoderBase)
                 weight.device.type,
                 str(weight.dtype).removeprefix("torch."),
             )
-        return True
 
     def reorder_incremental_state_scripting(self, incremental_state: Any, new_order: Tensor) -> None:
         """As fairseq's, which for every token looks through all modules for those that have a state."""
@@ -294,6 +298,8 @@ class FWPTransformerModel(LogsMemory, LoadsCheckpoints, PicklesWhenPrepared, Tra
         super().prepare_for_inference_(cfg)
         if isinstance(self.decoder, FWPTransformerDecoder):
             self.decoder.give_weights(wanted)
+            if self.decoder.multiplies_integers():
+                use_int8_encoder(self.encoder)
 
     @classmethod
     def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Module) -> nn.Module:

@@ -104,7 +104,7 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
     )
     decoding_weights: ChoiceEnum(["float32", "int8"]) = field(  # type: ignore[valid-type]
         default="float32",
-        metadata={"help": "products of the decoder's linear layers in generation on a processor: int8 is quicker"},
+        metadata={"help": "products of linear layers in generation on a processor: int8 is quicker"},
     )
     convert_attention: bool = field(
         default=False,
