@@ -4,9 +4,12 @@
 Translation models of base width (512, feed-forward 2,048, 8 heads, 6 + 6 layers) and a language model of the paper's
 medium shape (width 256, feed-forward 2,048, 8 heads, 16 layers), with random weights and a vocabulary of 10,000 words,
 write outputs of a fixed length (--min-len). Softmax is fairseq's own transformer and transformer_lm. Each run is
-fairseq-generate in a process of its own; a token's time is that from one call of the decoder to the next, search
-included. The state is what the decoder carries from token to token, cross-attention apart, for each hypothesis.
-CTranslate2, where it is installed, translates with the same softmax model, converted.
+fairseq-generate in a process of its own; tokens/s are those of a batch, encoder and search included, and for outputs of
+up to 256 words those of a second batch, since the first finds nothing ready. A step's time is that from one call of the
+decoder to the next. The state is what the decoder carries from token to token, cross-attention apart, for each
+hypothesis. CTranslate2, where it is installed, translates with the same softmax model, converted.
+
+With --busy a process for every core does nothing but compute meanwhile; the table is decode-busy.csv.
 
 With --gpu all runs are in this process, with and without captured steps (", eager"); the table is gpu-decode.csv, or,
 with --fp16, gpu-decode-fp16.csv, and memory is the GPU's.
@@ -15,6 +18,7 @@ with --fp16, gpu-decode-fp16.csv, and memory is the GPU's.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import importlib.util
 import json
@@ -27,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -36,6 +40,8 @@ from shared import WORDS, import_pyplot, preprocess, save_figure, write_csv, wri
 
 SOURCE_LENGTH = 25
 POSITIONS = 9000
+# For longer outputs what the first batch has to prepare is little.
+LONGEST_SECOND_BATCH = 256
 # Sentences of a batch, and what fairseq-preprocess calls the test set that has as many.
 SUBSETS = {16: "test", 4: "test1", 1: "test2", 64: "test3", 512: "test4"}
 
@@ -106,14 +112,14 @@ class Row:
 
 
 def make_data(folder: Path) -> None:
-    """Binarise sentences of random words, for translation and for language models."""
+    """Binarise sentences of random words, two batches of each size, for translation and for language models."""
     generator = random.Random(1)
     for split, lines in ("train", None), *((f"test{count}", count) for count in SUBSETS):
-        words = WORDS if lines is None else generator.choices(WORDS, k=lines * SOURCE_LENGTH)
+        words = WORDS if lines is None else generator.choices(WORDS, k=2 * lines * SOURCE_LENGTH)
         for language in "ab":
             write_lines(folder / f"{split}.{language}", words, SOURCE_LENGTH)
     # A language model goes on from a prompt of one word.
-    write_lines(folder / "test.lm", WORDS[:1], 1)
+    write_lines(folder / "test.lm", WORDS[:2], 1)
     tests = ",".join(f"{folder}/test{count}" for count in SUBSETS)
     languages = ["-s", "a", "-t", "b", "--joined-dictionary"]
     preprocess("--trainpref", f"{folder}/train", "--testpref", tests, *languages, "--destdir", f"{folder}/pair")
@@ -165,9 +171,18 @@ def generate(folder: Path, run: Run, device: Sequence[str] = ("--cpu",)) -> Row:
 
     on_gpu = "--cpu" not in device
     clock: list[float] = []
+    batches: list[float] = []
     state: dict[str, int] = {}
     ensemble: Any = sequence_generator.EnsembleModel
-    plain = ensemble.forward_decoder
+    search: Any = sequence_generator.SequenceGenerator
+    plain, plain_search = ensemble.forward_decoder, search.generate
+
+    def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        clock.clear()
+        begun = time.perf_counter()
+        found = plain_search(self, *args, **kwargs)
+        batches.append(time.perf_counter() - begun)
+        return found
 
     def forward_decoder(self: Any, tokens: Any, encoder_outs: Any, incremental_states: Any, *rest: Any) -> Any:
         clock.append(time.perf_counter())
@@ -185,17 +200,19 @@ def generate(folder: Path, run: Run, device: Sequence[str] = ("--cpu",)) -> Row:
     sys.argv = ["fairseq-generate", str(data), "--path", str(checkpoint), *task]
     subset = "test" if is_lm(run.model) else SUBSETS[run.sentences]
     sys.argv += [str(x) for x in [*limits, *size, "--gen-subset", subset, "--required-batch-size-multiple", 1, *device]]
+    if run.length > LONGEST_SECOND_BATCH:
+        sys.argv += ["--num-shards", "2", "--shard-id", "0"]  # the first of the two batches
     if run.model.endswith(INT8):
         sys.argv += ["--model-overrides", "{'decoding_weights': 'int8'}"]
     sys.argv += ["--num-workers", "0", "--results-path", str(folder / "results")]
     os.environ["FWP_CUDA_GRAPHS"] = "0" if run.model.endswith(EAGER) else "1"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    ensemble.forward_decoder = forward_decoder
+    ensemble.forward_decoder, search.generate = forward_decoder, generate_batch
     try:
         command.cli_main()
     finally:
-        ensemble.forward_decoder = plain
+        ensemble.forward_decoder, search.generate = plain, plain_search
         logging.getLogger().handlers.clear()  # fairseq's writes to the file of results, which is closed
     if state["captured"] != (on_gpu and "softmax" not in run.model and not run.model.endswith(EAGER)):
         raise SystemExit(f"decode.py: {run.model} was{'' if state['captured'] else ' not'} decoded in a captured graph")
@@ -206,7 +223,7 @@ def generate(folder: Path, run: Run, device: Sequence[str] = ("--cpu",)) -> Row:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if on_gpu:
         peak = torch.cuda.max_memory_allocated() / 2**20
-    speed = 1e3 * run.sentences * len(steps) / sum(steps)
+    speed = run.sentences * run.length / batches[-1]
     return Row(run.model, run.beam, run.sentences, run.length, speed, first, last, state["bytes"], peak)
 
 
@@ -226,7 +243,7 @@ def translate_by_peer(folder: Path, run: Run) -> Row:
             converter.convert(str(converted), quantization=numbers)
     translator = ctranslate2.Translator(str(converted), compute_type=numbers, intra_threads=torch.get_num_threads())
     name = f"test{run.sentences}.a"
-    sources = [line.split() for line in (folder / name).read_text().splitlines()]
+    sources = [line.split() for line in (folder / name).read_text().splitlines()[: run.sentences]]
     options = {"beam_size": run.beam, "max_batch_size": run.sentences}
     translator.translate_batch(sources, min_decoding_length=4, max_decoding_length=4, **options)
     begun = time.perf_counter()
@@ -246,6 +263,19 @@ def bytes_of_state(model: Any, incremental_state: dict[str, Any]) -> int:
     """What the decoder's self-attention keeps, in bytes."""
     kept = (layer.self_attn._get_input_buffer(incremental_state).values() for layer in model.decoder.layers)
     return sum(x.nbytes for tensors in kept for x in tensors if x is not None and x.is_floating_point())
+
+
+@contextlib.contextmanager
+def busy_cores(wanted: bool) -> Iterator[None]:
+    """Within this context every core has something else to do, if that is wanted."""
+    cores = range(len(os.sched_getaffinity(0)) if wanted else 0)
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in cores]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def in_a_process_of_its_own(folder: Path, run: Run) -> Row:
@@ -344,6 +374,7 @@ def main() -> int:
         parser.add_argument(flag, type=int, nargs="+", choices=allowed, help=f"only these {what}")
     names = list(dict.fromkeys(run.model for run in RUNS + GPU_RUNS))
     parser.add_argument("--models", nargs="+", choices=names, metavar="NAME", help="only these models")
+    parser.add_argument("--busy", action="store_true", help="while other processes compute; one sentence, 64 words")
     parser.add_argument("--gpu", action="store_true", help="on the GPU, in this process")
     parser.add_argument("--fp16", action="store_true", help="in half precision; with --gpu")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -352,6 +383,10 @@ def main() -> int:
         parser.error("--fp16 is for --gpu: on a processor half precision is not quicker")
     if options.gpu and not gpu_is_there():
         parser.error("--gpu needs a GPU, and torch finds none")
+    if options.busy:
+        if options.gpu:
+            parser.error("--busy is for the processor, not for --gpu")
+        options.sentences, options.lengths = options.sentences or [1], options.lengths or [64]
     if options.worker:
         run = Run(**json.loads(options.worker))
         row = (translate_by_peer if run.model.startswith(PEER) else generate)(options.output, run)
@@ -372,7 +407,8 @@ def main() -> int:
         parser.error("no run has all of what was asked for: RUNS in this file has what there is")
     options.output.mkdir(parents=True, exist_ok=True)
     device = (["--fp16"] if options.fp16 else []) if options.gpu else ["--cpu"]
-    table = options.output / f"{'gpu-' if options.gpu else ''}decode{'-fp16' if options.fp16 else ''}.csv"
+    kind = "-fp16" if options.fp16 else "-busy" if options.busy else ""
+    table = options.output / f"{'gpu-' if options.gpu else ''}decode{kind}.csv"
     rows = read_csv(table)
     done = {(r.model, r.beam, r.sentences, r.length) for r in rows}
     with tempfile.TemporaryDirectory() as name:
@@ -381,13 +417,14 @@ def main() -> int:
         for run in wanted:
             # A run that is in the table is not done again: remove the file to start anew.
             if tuple(vars(run).values()) not in done:
-                one = generate(folder, run, device) if options.gpu else in_a_process_of_its_own(folder, run)
+                with busy_cores(options.busy):
+                    one = generate(folder, run, device) if options.gpu else in_a_process_of_its_own(folder, run)
                 rows.append(one)
                 write_rows(table, rows)
                 print(format_row(rows[-1]), flush=True)
     print()
     print("\n".join(claims(rows)))
-    if not options.gpu:
+    if not (options.gpu or options.busy):
         plot(rows, options.output / "decode.png")
     return 0
 
