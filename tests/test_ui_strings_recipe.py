@@ -1,5 +1,6 @@
 """recipes/ui_strings/*.sh on a miniature archive of wheels, with the Python and the packages that run the tests."""
 
+import csv
 import json
 import os
 import re
@@ -259,6 +260,41 @@ def test_another_target_language_is_learned_compared_and_translated_into(tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     translated = script("translate.sh", *out, "--model", "softmax-seed7", "Save the file")
     assert translated.returncode == 0 and len(translated.stdout.splitlines()) == 1, translated.stderr
+
+
+def test_a_table_tells_what_differs_from_its_first_row_by_more_than_chance(tmp_path: Path) -> None:
+    references = [f"{verb} the {thing} of number {n}" for n, (verb, thing) in enumerate(phrases(12, 12))]
+    kinds = {"first": 20, "same": 21, "better": 100}  # percent of what is right
+    for kind, right in kinds.items():
+        for seed in (1, 2):
+            model = tmp_path / "models" / f"{kind}-seed{seed}"
+            model.mkdir(parents=True)
+            lines = [
+                f"S-{n}\tx\nT-{n}\t{y}\nD-{n}\t-1\t{y if n % 100 < right else 'no'}" for n, y in enumerate(references)
+            ]
+            (model / "test.out").write_text("\n".join([*lines, f"Generate test with beam=5: BLEU = {right}.0 1/2/3/4"]))
+            (model / "train.log").write_text("x | valid | epoch 001 | loss 2.0 | nll_loss 1.5\n")
+            (model / "result.json").write_text("{}")
+    rows = [option for kind in kinds for option in ("--row", kind, "nowhere", kind)]
+    command = [
+        sys.executable,
+        str(RECIPE / "report.py"),
+        "table",
+        "--output",
+        str(tmp_path),
+        "--seeds",
+        "1",
+        "2",
+        *rows,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    with (tmp_path / "compare.csv").open(newline="") as file:
+        found = {(line["attention"], line["seed"]): line for line in csv.DictReader(file)}
+    assert found["first", "1"]["p"] == "" and float(found["same", "1"]["p"]) > 0.05
+    assert float(found["better", "2"]["p"]) < 0.01 and found["better", "2"]["chrf"] == "100.0"
+    assert (
+        "| better | nowhere | 100.0 \u00b1 0.0 | 100.0 \u00b1 0.0 | 0.001, 0.001 | 1.500 \u00b1 0.000 |" in done.stdout
+    )
 
 
 @pytest.mark.parametrize(

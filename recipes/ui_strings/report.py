@@ -3,7 +3,7 @@
 
 report.py result MODEL           reads test.out and train.log in a model folder, writes result.json
 report.py samples MODEL          prints a few translations and the BLEU score
-report.py table ...              prints a Markdown table of models, and writes it with a CSV file
+report.py table ...              prints a Markdown table of models, and writes it with a CSV file and a plot
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 SAMPLES = 6
+# Of the test strings, for p values.
+BOOTSTRAP_SAMPLES = 1000
 
 
 class Translation(NamedTuple):
@@ -36,8 +38,18 @@ class Result(TypedDict):
     """How good a model is and what it cost."""
 
     bleu: float
+    chrf: float
     valid_nll: float
     train_minutes: float
+
+
+class Run(NamedTuple):
+    """A trained model with its seed, and the p value of its BLEU against the model that others are compared with."""
+
+    model: str
+    seed: int
+    result: Result
+    p: float | None
 
 
 def read_output(path: Path) -> tuple[list[Translation], float]:
@@ -78,11 +90,20 @@ def write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def result_of(model: Path) -> Result:
+    """What the files of a model's folder say."""
+    from sacrebleu import corpus_chrf
+
+    nll, minutes = read_log(model / "train.log")
+    hypotheses, references = translations_of(model)
+    chrf = round(corpus_chrf(hypotheses, [references]).score, 2)
+    bleu = read_output(model / "test.out")[1]
+    return {"bleu": bleu, "chrf": chrf, "valid_nll": nll, "train_minutes": round(minutes, 2)}
+
+
 def write_result(model: Path) -> None:
     """Write result.json."""
-    nll, minutes = read_log(model / "train.log")
-    result: Result = {"bleu": read_output(model / "test.out")[1], "valid_nll": nll, "train_minutes": round(minutes, 2)}
-    write(model / "result.json", json.dumps(result, indent=2) + "\n")
+    write(model / "result.json", json.dumps(result_of(model), indent=2) + "\n")
 
 
 def print_samples(model: Path) -> None:
@@ -96,39 +117,98 @@ def print_samples(model: Path) -> None:
     print(f"\nBLEU = {bleu:.1f}")
 
 
-def make_table(rows: Sequence[Sequence[str]], results: dict[tuple[str, int], Result], seeds: Sequence[int]) -> str:
-    """Markdown table of the rows (attention, places, model): BLEU of each seed, means of all."""
-    header = ["attention", "fast weights in", *(f"BLEU, seed {seed}" for seed in seeds)]
-    header += ["BLEU, mean", "valid nll, mean", "training minutes, mean"]
+def translations_of(model: Path) -> tuple[list[str], list[str]]:
+    """What a model made of the test strings, in their order, and what it should have made of them."""
+    translations, _ = read_output(model / "test.out")
+    return [t.hypothesis for t in translations], [t.reference for t in translations]
+
+
+def p_values(baseline: Path, models: Sequence[Path]) -> list[float]:
+    """How probable as large a difference in BLEU from ``baseline`` is by chance of the strings (paired bootstrap)."""
+    from sacrebleu.metrics import BLEU
+    from sacrebleu.significance import PairedTest
+
+    systems = [(str(number), translations_of(model)[0]) for number, model in enumerate([baseline, *models])]
+    references = [translations_of(baseline)[1]]
+    test = PairedTest(systems, {"BLEU": BLEU(references=references)}, None, test_type="bs", n_samples=BOOTSTRAP_SAMPLES)
+    return [float(found.p_value) for found in test()[1]["BLEU"][1:]]
+
+
+def mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """Mean, and standard deviation if there are several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} \u00b1 {statistics.stdev(values):.{digits}f}"
+
+
+def make_table(rows: Sequence[Sequence[str]], runs: Sequence[Run]) -> str:
+    """Markdown table of the rows (attention, places, model): means and standard deviations of all seeds."""
+    header = ["attention", "fast weights in", "BLEU", "chrF", "p", "validation nll", "training minutes"]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for attention, places, model in rows:
-        found = [results.get((model, seed)) for seed in seeds]
-        done = [result for result in found if result is not None]
-        cells = [attention, places, *(f"{result['bleu']:.1f}" if result else "" for result in found)]
-        if done:
-            cells.append(f"{statistics.mean(result['bleu'] for result in done):.1f}")
-            cells.append(f"{statistics.mean(result['valid_nll'] for result in done):.3f}")
-            cells.append(f"{statistics.mean(result['train_minutes'] for result in done):.1f}")
-        lines.append("| " + " | ".join(cells + [""] * (len(header) - len(cells))) + " |")
+        cells = [attention, places] + [""] * 5
+        own = [run for run in runs if run.model == model]
+        if own:
+            figures = (("bleu", 1), ("chrf", 1), ("valid_nll", 3), ("train_minutes", 1))
+            bleu, chrf, nll, minutes = (mean_and_spread([run.result[k] for run in own], n) for k, n in figures)
+            cells[2:] = [bleu, chrf, ", ".join(f"{run.p:.3f}" for run in own if run.p is not None), nll, minutes]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
+def plot(rows: Sequence[Sequence[str]], runs: Sequence[Run], path: Path) -> None:
+    """Mean, standard deviation and each seed of BLEU and validation loss."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("without the plot: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    there = [row for row in rows if any(run.model == row[2] for run in runs)]
+    figure, both = plt.subplots(1, 2, figsize=(10, 0.7 + 0.55 * len(there)), sharey=True, layout="constrained")
+    for axes, name, label in ((both[0], "bleu", "BLEU"), (both[1], "valid_nll", "validation nll (lower is better)")):
+        for height, (*_, model) in enumerate(there):
+            values = [run.result[name] for run in runs if run.model == model]
+            spread = statistics.stdev(values) if len(values) > 1 else 0
+            axes.errorbar(statistics.mean(values), height, xerr=spread, fmt="o", color="C0", capsize=4)
+            axes.plot(values, [height] * len(values), "|", color="C1", markersize=9)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3, axis="x")
+    both[0].set_yticks(range(len(there)), [f"{attention}\n{places}" for attention, places, _ in there], fontsize=7)
+    both[0].set_ylim(len(there) - 0.5, -0.5)
+    new = path.with_suffix(".new.png")
+    figure.savefig(new, dpi=150)
+    os.replace(new, path)
+
+
 def write_tables(output: Path, name: str, rows: Sequence[Sequence[str]], seeds: Sequence[int]) -> None:
-    """Print and write the comparison of the models OUTPUT/models/NAME-seedN that are there, as OUTPUT/``name``."""
-    results: dict[tuple[str, int], Result] = {}
+    """Print and write the comparison of the models OUTPUT/models/NAME-seedN that are there, as OUTPUT/``name``.
+
+    p is against the first row, of the same seed.
+    """
+    runs = []
+    for seed in seeds:
+        folders = {model: output / "models" / f"{model}-seed{seed}" for *_, model in rows}
+        there = [model for model, folder in folders.items() if (folder / "result.json").exists()]
+        baseline, others = rows[0][2], [model for model in there if model != rows[0][2]]
+        found: dict[str, float] = {}
+        if baseline in there and others:
+            found = dict(zip(others, p_values(folders[baseline], [folders[model] for model in others])))
+        runs += [Run(model, seed, result_of(folders[model]), found.get(model)) for model in there]
     table = io.StringIO()
     lines = csv.writer(table, lineterminator="\n")
-    lines.writerow(["attention", "places", "seed", "bleu", "valid_nll", "train_minutes"])
+    lines.writerow(["attention", "places", "seed", "bleu", "chrf", "p", "valid_nll", "train_minutes"])
     for attention, places, model in rows:
-        for seed in seeds:
-            path = output / "models" / f"{model}-seed{seed}" / "result.json"
-            if path.exists():
-                result: Result = json.loads(path.read_text(encoding="utf-8"))
-                results[model, seed] = result
-                lines.writerow([attention, places, seed, *(result[k] for k in ("bleu", "valid_nll", "train_minutes"))])
-    markdown = make_table(rows, results, seeds)
+        for run in (run for run in runs if run.model == model):
+            result, p = run.result, "" if run.p is None else f"{run.p:.4f}"
+            figures = [result["bleu"], result["chrf"], p, result["valid_nll"], result["train_minutes"]]
+            lines.writerow([attention, places, run.seed, *figures])
+    markdown = make_table(rows, runs)
     write(output / f"{name}.csv", table.getvalue())
     write(output / f"{name}.md", markdown)
+    if runs:
+        plot(rows, runs, output / f"{name}.png")
     print(markdown, end="")
 
 
