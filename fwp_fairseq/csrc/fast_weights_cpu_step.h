@@ -139,6 +139,8 @@ inline void step_columns(const Token<T>& token, int64_t column) {
             const Group element = token.decay * Columns::load(token.from + at(i, n)) + key * written[n];
             Columns::store(element, token.to + at(i, n));
             read[n] += query * element;
+            // The next head's memory, for memory to be busy meanwhile.
+            if (Columns::width > 1) __builtin_prefetch(token.from + at(i + token.dk, n), 0, 2);
         }
     }
 #pragma GCC unroll 4

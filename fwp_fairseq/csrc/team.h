@@ -67,6 +67,7 @@ class Team {
         team.alone_ = !together;
         if (!together) return lead(team);
         const int64_t threads = at::get_num_threads();
+        team.most_parts_ = std::min(team.most_parts_, 16 * threads);
         at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
             if (begin > 0) return team.help();
             // Also if it throws: helpers would wait for ever.
@@ -86,8 +87,8 @@ class Team {
     // Calls f(begin, end) for ranges that make up [0, count); `cost`: of one, in about multiply-adds. Of the leader only.
     template <class F>
     void share(int64_t count, int64_t cost, const F& f) {
-        constexpr int64_t kWorthSharing = 30000, kMostParts = 1 << 10;
-        const int64_t parts = std::min({count, count * cost / kWorthSharing, kMostParts});
+        constexpr int64_t kWorthSharing = 30000;
+        const int64_t parts = std::min({count, count * cost / kWorthSharing, most_parts_});
         if (apart_) return at::parallel_for(0, count, std::max<int64_t>(1, kWorthSharing / std::max<int64_t>(1, cost)), f);
         if (alone_ || parts < 2) return f(int64_t(0), count);
         work_ = {[](const void* g, int64_t begin, int64_t end) { (*static_cast<const F*>(g))(begin, end); }, &f, count, parts};
@@ -139,6 +140,8 @@ class Team {
     }
 
     bool alone_ = false, apart_ = false;
+    // Enough for all to end at about the same time, and few, since neighbours are read on quicker by the same thread.
+    int64_t most_parts_ = 1 << 10;
     Work work_{};
     alignas(64) std::atomic<uint64_t> ticket_{0};
     alignas(64) std::atomic<int64_t> done_{0};
