@@ -1,9 +1,10 @@
 // x W^T + bias for few rows of x. Included like fast_weights_cpu_kernels.h, after it.
 //
 // W has to come from memory for every token, so a call is as fast as that when the multiply-adds keep up: every vector
-// of W is loaded once and meets a group of rows, two rows of W at a time. 5 rows need 10 accumulators, 2 vectors of W
-// and 1 of x: 13 of AVX2's 16 registers. More rows take their turns while the two rows of W are in the first cache. For
-// one or two rows four rows of W are read side by side: the more of them, the less each waits for memory.
+// of W is loaded once and meets a group of rows. For one or two rows four rows of W are read side by side: the more of
+// them, the less each waits for memory. From four rows on so many sums are computed together that they make one vector
+// (four outputs of two rows with AVX2, of four with AVX-512), since adding up the lanes of each takes as long as all of
+// its multiply-adds. More rows take their turns while the four rows of W are in the first cache.
 
 namespace FWP_ISA {
 
@@ -67,9 +68,79 @@ inline void dot_rows(const Linear& p, int64_t output) {
     }
 }
 
+// Sum i of the result: that of the lanes of sum[i]. Halves of two vectors are interleaved and added until one is left.
+template <class T>
+inline typename Simd<T>::type sums_of_lanes(typename Simd<T>::type (&sum)[Simd<T>::width]) {
+    using Vector = typename Simd<T>::type;
+    constexpr int width = Simd<T>::width;
+    typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index __attribute__((vector_size(FWP_VECTOR_BYTES)));
+    Index low, high;
+    for (int i = 0; i < width; ++i) low[i] = i / 2 + i % 2 * width, high[i] = low[i] + width / 2;
+#pragma GCC unroll 4
+    for (int n = width / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < n; ++i) {
+            const Vector a = sum[i], b = sum[i + n];
+#if defined(__clang__)
+            Vector both;
+            for (int lane = 0; lane < width; ++lane) {
+                const Vector& of = lane % 2 ? b : a;
+                both[lane] = of[lane / 2] + of[lane / 2 + width / 2];
+            }
+            sum[i] = both;
+#else
+            sum[i] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+#endif
+        }
+    return sum[0];
+}
+
+// Four outputs of many rows: of as many at a time as make a vector of sums, then of one.
+template <class T>
+inline void dot_fours(const Linear& p, int64_t output) {
+    using Vector = typename Simd<T>::type;
+    using Loose = typename Simd<T>::unaligned;
+    constexpr int width = Simd<T>::width, outputs = 4, tile_rows = width / outputs;
+    const T* x = static_cast<const T*>(p.x);
+    const T* w = static_cast<const T*>(p.weight) + output * p.weight_row;
+    const T* bias = p.bias ? static_cast<const T*>(p.bias) + output : nullptr;
+    T* y = static_cast<T*>(p.y) + output;
+    int64_t row = 0;
+    for (; tile_rows > 0 && row + tile_rows <= p.rows; row += tile_rows) {
+        Vector sum[width] = {};
+        int64_t i = 0;
+        for (; i + width <= p.inputs; i += width) {
+            Vector weight[outputs];
+#pragma GCC unroll 4
+            for (int o = 0; o < outputs; ++o) weight[o] = *reinterpret_cast<const Loose*>(w + o * p.weight_row + i);
+#pragma GCC unroll 4
+            for (int r = 0; r < tile_rows; ++r) {
+                const Vector value = *reinterpret_cast<const Loose*>(x + (row + r) * p.inputs + i);
+#pragma GCC unroll 4
+                for (int o = 0; o < outputs; ++o) sum[r * outputs + o] += weight[o] * value;
+            }
+        }
+        T total[width];
+        *reinterpret_cast<Loose*>(total) = sums_of_lanes<T>(sum);
+        for (int r = 0; r < tile_rows; ++r)
+            for (int o = 0; o < outputs; ++o) {
+                T own = total[r * outputs + o] + (bias ? bias[o] : T(0));
+                for (int64_t rest = i; rest < p.inputs; ++rest)
+                    own += w[o * p.weight_row + rest] * x[(row + r) * p.inputs + rest];
+                y[(row + r) * p.y_row + o] = own;
+            }
+    }
+    for (; row < p.rows; ++row)
+        dot_tile<T, 1, outputs>(p.inputs, x + row * p.inputs, p.inputs, w, p.weight_row, bias, y + row * p.y_row, p.y_row);
+}
+
 template <class T>
 void linear(const Linear& p, int64_t begin, int64_t end) {
     int64_t output = begin;
+    // From then on arithmetic takes longer than reading W, and sums of lanes as long as what is summed.
+    constexpr int64_t kManyRows = 4;
+    if (p.rows >= kManyRows && Simd<T>::width >= 8)
+        for (; output + 4 <= end; output += 4) dot_fours<T>(p, output);
     if (p.rows <= 2)
         for (; output + 4 <= end; output += 4) dot_rows<T, 4>(p, output);
     for (; output + 2 <= end; output += 2) dot_rows<T, 2>(p, output);
