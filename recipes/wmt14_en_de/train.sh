@@ -31,7 +31,7 @@ option epochs count 45 "passes over the training pairs"
 option seed number 1 "seed of initialisation, order of batches and dropout"
 option model text "" "name of the trained model, a folder in OUTPUT/models (default: SIZE-ROW-seedN)"
 option dry-run flag 0 "print the options for fairseq-train, one a line, and stop"
-parse_options "$@"
+parse_options_and_words "$@"
 enter_row
 check_cluster_options
 check_model_name
