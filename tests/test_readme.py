@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, Run, find_script
 
-from fwp_fairseq.ops import fast_weight_scan
+from fwp_fairseq.ops import fast_weight_scan, native
 
 README, REFERENCE = ROOT / "README.md", ROOT / "fwp_fairseq" / "REFERENCE.md"
 PAGES = [README, *sorted(page for part in ("fwp_fairseq", "recipes", "tests") for page in (ROOT / part).rglob("*.md"))]
@@ -131,6 +131,16 @@ def test_the_references_commands_train_a_language_model_and_train_by_hydra(folde
 def test_messages_are_what_the_first_page_says(message: str, command: str, folder: Path, translated: str) -> None:
     assert f"| `{message}` |" in README.read_text()
     assert message in bash(folder, f"{command} 2>&1 || true")
+
+
+def test_a_memory_without_compiled_operators_says_what_the_first_page_says(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "unavailable", "they were not built")
+    monkeypatch.setattr(native, "_noted", False)
+    fast_weight_scan(*torch.rand(3, 1, 1, 2, 4))
+    (message,) = re.findall(r"\| `(fast weights [^`]*)` \|", README.read_text())
+    assert message in caplog.text
 
 
 # What a command of the pages begins with, and the test file that runs it, or why none does.
