@@ -108,12 +108,20 @@ def test_the_first_pages_commands_lead_from_sentences_to_bleu(folder: Path, tran
     assert len(generated) == 20 and "@@" not in "".join([*generated, one])
 
 
-def test_the_references_commands_train_a_language_model_and_train_by_hydra(folder: Path, translated: str) -> None:
+def test_the_references_commands_train_language_models_that_go_on_with_a_text_and_train_by_hydra(
+    folder: Path, translated: str
+) -> None:
     (configuration,) = blocks(REFERENCE, "yaml")
-    (folder / "translation.yaml").write_text(configuration)
+    (folder / "translation.yaml").write_text(configuration.replace("max_epoch: 20", "max_epoch: 2"))
     commands = "fwp=$(python -m fwp_fairseq)\n" + "".join(blocks(REFERENCE, "bash"))
-    bash(folder, commands.replace("--max-epoch 10", "--max-epoch 2").replace("max_epoch: 20", "max_epoch: 2"))
-    assert (folder / "lm" / "checkpoint_best.pt").exists() and (folder / "by-hydra" / "checkpoint_best.pt").exists()
+    printed = bash(folder, commands.replace("--max-epoch 10", "--max-epoch 2"))
+    for trained in ("lm", "by-hydra", "streaming"):
+        assert (folder / trained / "checkpoint_best.pt").exists()
+    texts = re.findall(r"^D-(\d)\t\S+\t(\S.*)$", printed, re.MULTILINE)
+    lines = (folder / "test.de").read_text().splitlines()
+    assert [number for number, _ in texts] == ["0", "0", "1", "2"]
+    assert texts[0][1].startswith(" ".join(lines[0].split()[:2])) and texts[1][1].startswith(lines[0])
+    assert re.search(r"^perplexity: \d", printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +161,6 @@ RUN_BY = {
     "bash recipes/benchmark/gpu.sh": "test_benchmark_gpu_script.py",
     "fairseq-hydra-train --config-dir recipes/wikitext103": "test_wikitext103_recipe.py",
     "fairseq-train --user-dir fwp_fairseq --task associative_retrieval": "test_synthetic_task.py",
-    'fairseq-train data-bin --user-dir "$(python -m fwp_fairseq)" --task streaming': "test_streaming.py",
-    'fairseq-interactive data-bin --user-dir "$(python -m fwp_fairseq)" --task streaming': "test_streaming.py",
     "torchrun --nproc_per_node 2": "test_end_to_end.py",
     "python -m fwp_fairseq": "test_package.py",
     "python -m fwp_fairseq.average_checkpoints": "test_end_to_end.py",
