@@ -128,6 +128,11 @@ def test_the_references_commands_train_language_models_that_go_on_with_a_text_an
     "message, command",
     [
         ("KeyError: \"'_name'\"", "fairseq-generate data-bin --path average.pt"),
+        (
+            "Weights only load failed",
+            "python -c \"import argparse, torch; torch.save(argparse.Namespace(), 'own.pt')\"\n"
+            "fairseq-generate data-bin --path own.pt",
+        ),
         ("invalid choice: 'fwp_transformer'", "fairseq-train data-bin --arch fwp_transformer"),
         (
             "Must specify batch size",

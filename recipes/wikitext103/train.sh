@@ -12,6 +12,8 @@ Train a row of tables 2, 3 and 5 on what prepare.sh has made:
 or of table 4, whose context goes on from segment to segment:
   ${streaming_rows[*]}
 An interrupted training goes on from its last checkpoint.
+
+Takes days on GPUs.
 END
 }
 

@@ -20,6 +20,8 @@ Usage: bash train.sh ROW [OPTION]... [-- FAIRSEQ_TRAIN_OPTION...]
 
 Train a row of table 1 on what prepare.sh has made: ${rows[*]}.
 An interrupted training goes on from its last checkpoint.
+
+Takes days on GPUs.
 END
 }
 
