@@ -2,7 +2,7 @@
 
 A translation model becomes ``encoder.onnx`` and ``decoder_step.onnx``, a language model ``step.onnx`` and
 ``prompt.onnx``, beside its dictionaries and ``model.json``. recipes/onnx has programs that translate and generate with
-them and need neither torch nor fairseq. Needs onnx (``pip install 'fwp-fairseq[onnx]'``).
+them and need neither torch nor fairseq. Needs onnx (``pip install onnx``).
 """
 
 import argparse
@@ -172,7 +172,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     try:
         import onnx  # noqa: F401
     except ImportError:
-        sys.exit(f"{parser.prog}: onnx is missing: pip install 'fwp-fairseq[onnx]'")
+        sys.exit(f"{parser.prog}: onnx is missing: pip install onnx")
     try:
         export(args)
     except (OSError, ValueError, pickle.UnpicklingError) as error:

@@ -23,7 +23,8 @@ fail() {
 
 # --- Options ---------------------------------------------------------------------------------------------------------
 # Each is a flag --some-name, an environment variable FWP_SOME_NAME (the flag wins) and, here, a shell variable
-# some_name. Kinds: flag (0 or 1), count (whole number, at least 1), number (whole number), text, or the allowed words.
+# some_name. Kinds: flag (0 or 1), count (whole number, at least 1), number (whole number), text, the allowed words, or
+# `some KIND`: several of a kind between spaces. What is empty by default may stay so.
 
 option_names=()
 option_kinds=()
@@ -31,10 +32,11 @@ option_helps=()
 
 # option NAME KIND DEFAULT HELP: declare an option and take its value from the environment, or the default.
 option() {
-    local name=${1//-/_} environment
+    local name=${1//-/_} kind=$2 environment
     environment=FWP_$(printf %s "$name" | tr '[:lower:]' '[:upper:]')
+    [[ -n $3 ]] || kind="optional $kind"
     option_names+=("$1")
-    option_kinds+=("$2")
+    option_kinds+=("$kind")
     case $2:$3 in
     flag:* | *:) option_helps+=("$4") ;;
     *) option_helps+=("$4 (default: $3)") ;;
@@ -42,25 +44,36 @@ option() {
     printf -v "$name" %s "${!environment-$3}"
 }
 
+# What --help prints before the options: the comment at the beginning of the script, unless that has another usage().
+usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; }
+
 print_options() {
     local i kind
     printf '\nOptions; each can be given as an environment variable too (FWP_EPOCHS for --epochs):\n'
     for i in "${!option_names[@]}"; do
-        kind=${option_kinds[i]}
+        kind=${option_kinds[i]#optional }
         case $kind in
         flag) kind= ;;
         count | number) kind=' N' ;;
-        text) kind=' TEXT' ;;
+        text | some\ *) kind=' TEXT' ;;
         *) kind=" {${kind// /,}}" ;;
         esac
         printf '  --%s%s\n      %s\n' "${option_names[i]}" "$kind" "${option_helps[i]}"
     done
 }
 
+# check_option NAME KIND VALUE
 check_option() {
-    local name=$1 kind=$2 variable=${1//-/_} word
-    local value=${!variable}
+    local name=$1 kind=$2 value=$3 word several
     case $kind in
+    optional\ *) [[ -z $value ]] || check_option "$name" "${kind#* }" "$value" ;;
+    some\ *)
+        read -rd '' -ra several <<<"$value" || true
+        ((${#several[@]})) || fail "--$name is empty."
+        for word in "${several[@]}"; do
+            check_option "$name" "${kind#* }" "$word"
+        done
+        ;;
     flag) [[ $value == [01] ]] || fail "--$name is a switch; its environment variable is 0 or 1, not '$value'." ;;
     count) [[ $value =~ ^[1-9][0-9]{0,8}$ ]] || fail "--$name is '$value', it must be a whole number of at least 1." ;;
     number) [[ $value =~ ^[0-9]{1,9}$ ]] || fail "--$name is '$value', it must be a whole number." ;;
@@ -74,8 +87,14 @@ check_option() {
     esac
 }
 
-# parse_options ARGUMENT...: set the declared options; leave other arguments in words=() and those after -- in extra=().
+# parse_options ARGUMENT...: set the declared options, and extra=() to the arguments after --; others are refused.
 parse_options() {
+    parse_options_and_words "$@"
+    ((!${#words[@]})) || fail "unexpected argument '${words[0]}' (--help lists the options)."
+}
+
+# parse_options_and_words ARGUMENT...: the same, with the other arguments in words=().
+parse_options_and_words() {
     local argument name value i
     words=()
     extra=()
@@ -116,7 +135,8 @@ parse_options() {
         esac
     done
     for i in "${!option_names[@]}"; do
-        check_option "${option_names[i]}" "${option_kinds[i]}"
+        name=${option_names[i]//-/_}
+        check_option "${option_names[i]}" "${option_kinds[i]}" "${!name}"
     done
 }
 
@@ -126,23 +146,16 @@ common_options() {
     option python text "${PYTHON:-$(command -v python3.11 || echo python3)}" \
         "Python 3.10 to 3.12 to make the virtual environment with; the environment variable PYTHON sets it too"
     option venv text "" "folder of the virtual environment (default: OUTPUT/venv), or 'none': use --python as it is"
-    option threads text "" "processor threads to use (default: all cores)"
+    option threads count "" "processor threads to use (default: all cores)"
 }
 
 # Check the common options and move to the output folder, where all later paths start.
-enter_output() {
-    [[ -z $threads ]] || check_option threads count
+enter_folder() {
     [[ -n $output ]] || fail "--output is empty."
     # fairseq reads a colon as the separator of several data folders.
     [[ $output != *:* ]] || fail "--output $output has a colon in it, which fairseq cannot handle."
     mkdir -p -- "$output" || fail "--output $output cannot be made."
     output=$(cd -- "$output" && pwd)
-    # Here files are replaced and folders removed: not among files of somebody else.
-    local marker=$output/.${recipe_name//_/-}
-    if [[ ! -e $marker ]]; then
-        [[ -z $(ls -A -- "$output") ]] || fail "--output $output holds files of something else: name a new folder."
-        touch -- "$marker"
-    fi
     command -v -- "$python" >/dev/null || fail "--python $python is not to be found."
     [[ $python != */* || $python == /* ]] || python=$PWD/$python
     [[ $venv == none || $venv == /* ]] || venv=${venv:+$PWD/$venv}
@@ -151,6 +164,15 @@ enter_output() {
     if [[ -n $threads ]]; then
         export OMP_NUM_THREADS=$threads MKL_NUM_THREADS=$threads
     fi
+}
+
+# The same for a recipe that replaces files and removes folders: not among files of somebody else.
+enter_output() {
+    local marker=.${recipe_name//_/-}
+    enter_folder
+    [[ ! -e $marker ]] || return 0
+    [[ -z $(ls -A) ]] || fail "--output $output holds files of something else: name a new folder."
+    touch -- "$marker"
 }
 
 # --- Steps -----------------------------------------------------------------------------------------------------------
@@ -192,16 +214,8 @@ END
 
 # fingerprint FILE...: a short digest of the contents, in the order given.
 fingerprint() {
-    "$python" - "$@" <<'END'
-import hashlib, sys
-def digest(name):
-    result = hashlib.sha256()
-    with open(name, "rb") as file:
-        while block := file.read(1 << 20):
-            result.update(block)
-    return result.hexdigest()
-print(hashlib.sha256("".join(map(digest, sys.argv[1:])).encode()).hexdigest()[:16])
-END
+    local file
+    for file; do sha256sum <"$file" || exit; done | cut -c -64 | tr -d '\n' | sha256sum | cut -c -16
 }
 
 # --- Environment -----------------------------------------------------------------------------------------------------
@@ -210,6 +224,7 @@ install() {
     "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
         fail "--python $python is $("$python" --version 2>&1), needed is Python 3.10 to 3.12."
     "$python" -m venv --clear -- "$venv"
+    touch -- "$venv/.ours"
     local requirements=()
     [[ ! -f $recipe/requirements.txt ]] || requirements=(-r "recipes/$recipe_name/requirements.txt")
     # From inside the clone: pip takes a path with an extra only if nothing in the path is special to it.
@@ -224,6 +239,8 @@ install() {
 # Make sure that $python has everything installed; set what fairseq's commands need.
 enter_environment() {
     if [[ $venv != none ]]; then
+        [[ ! -e $venv/pyvenv.cfg || -e $venv/.ours || -e $venv/.installed ]] ||
+            fail "--venv $venv was made by something else: name a new folder, or 'none' with --python $venv/bin/python."
         local files=("$repository"/{setup.py,pyproject.toml,constraints.txt,fwp_fairseq/csrc/*})
         [[ ! -f $recipe/requirements.txt ]] || files+=("$recipe/requirements.txt")
         step "$venv/.installed" "$venv/bin/python" "$("$python" --version 2>&1) $(fingerprint "${files[@]}")" \
@@ -232,7 +249,7 @@ enter_environment() {
     fi
     # The plugin of this clone, even if $python has another one.
     export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
-    user_dir=$(cd -- "$repository" && "$python" -m fwp_fairseq)
+    user_dir=$repository/fwp_fairseq
     # For every fairseq command that runs a model. With its default multiple of 8 fairseq would leave out what does not
     # fill the last batch, of the test too. Whether there is a GPU it sees by itself.
     basics=(--user-dir "$user_dir" --required-batch-size-multiple 1)
@@ -254,6 +271,16 @@ quietly() {
         tail -n 5 -- "$log" >&2
         fail "fairseq-${2//_/-} failed (all of its messages: $log)."
     fi
+}
+
+# preprocess FOLDER ARGUMENT...: fairseq-preprocess into a folder, which is there whole or not at all.
+preprocess() {
+    local folder=$1
+    shift
+    rm -rf -- "$folder" "$folder.new"
+    mkdir -p -- "$(dirname -- "$folder")"
+    quietly preprocess.log fairseq preprocess "$@" --destdir "$folder.new" >/dev/null
+    mv -- "$folder.new" "$folder"
 }
 
 # --- Training --------------------------------------------------------------------------------------------------------

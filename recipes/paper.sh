@@ -4,10 +4,6 @@
 
 # --- Arguments -------------------------------------------------------------------------------------------------------
 
-no_words() {
-    ((!${#words[@]})) || fail "unexpected argument '${words[0]}' (--help lists the options)."
-}
-
 # Set row to the one that was given, of the array rows.
 enter_row() {
     ((${#words[@]} == 1)) || fail "name one row, of: ${rows[*]} (--help lists the options)."
@@ -46,7 +42,7 @@ get_archives() {
 # --- GPUs ------------------------------------------------------------------------------------------------------------
 
 cluster_options() {
-    option gpus text "" "GPUs to use on each machine (default: all that are visible); with --cpu: processes"
+    option gpus count "" "GPUs to use on each machine (default: all that are visible); with --cpu: processes"
     option nodes count 1 "machines; the same command, but for --node-rank, is to be started on each"
     option node-rank number 0 "number of this machine, from 0"
     option master text "" "address of machine 0, for several machines"
@@ -56,7 +52,6 @@ cluster_options() {
 }
 
 check_cluster_options() {
-    [[ -z $gpus ]] || check_option gpus count
     ((node_rank < nodes)) || fail "--node-rank is $node_rank, it must be less than --nodes, which is $nodes."
     ((nodes == 1)) || [[ -n $master ]] || fail "--nodes $nodes needs --master, the address of machine 0."
     ((port < 65536)) || fail "--port is $port, it must be less than 65536."

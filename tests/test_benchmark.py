@@ -100,11 +100,11 @@ def test_operators_are_compared_with_the_best_of_the_others(monkeypatch):
 @pytest.mark.parametrize(
     "script, arguments, message",
     [
-        ("run.sh", ["--only", "decode"], "run.sh: --only is 'decode', allowed are operators and models."),
-        ("decode.sh", ["--only", "models"], "decode.sh: --only is 'models', allowed are step and decode."),
+        ("run.sh", ["--only", "decode"], "run.sh: --only is 'decode', allowed are: operators, models."),
+        ("decode.sh", ["--only", "models"], "decode.sh: --only is 'models', allowed are: step, decode."),
         ("decode.sh", ["--", "--lengths", "64"], "options after -- are for one part"),
         ("run.sh", ["--output"], "run.sh: --output needs a value."),
-        ("run.sh", ["fast"], "run.sh: unknown argument 'fast'"),
+        ("run.sh", ["fast"], "run.sh: unexpected argument 'fast'"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_is_done(script, arguments, message, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, Run, find_script
 
-from fwp_fairseq.ops import fast_weight_scan
+from fwp_fairseq.ops import fast_weight_scan, native
 
 README, REFERENCE = ROOT / "README.md", ROOT / "fwp_fairseq" / "REFERENCE.md"
 PAGES = [README, *sorted(page for part in ("fwp_fairseq", "recipes", "tests") for page in (ROOT / part).rglob("*.md"))]
@@ -108,18 +108,31 @@ def test_the_first_pages_commands_lead_from_sentences_to_bleu(folder: Path, tran
     assert len(generated) == 20 and "@@" not in "".join([*generated, one])
 
 
-def test_the_references_commands_train_a_language_model_and_train_by_hydra(folder: Path, translated: str) -> None:
+def test_the_references_commands_train_language_models_that_go_on_with_a_text_and_train_by_hydra(
+    folder: Path, translated: str
+) -> None:
     (configuration,) = blocks(REFERENCE, "yaml")
-    (folder / "translation.yaml").write_text(configuration)
+    (folder / "translation.yaml").write_text(configuration.replace("max_epoch: 20", "max_epoch: 2"))
     commands = "fwp=$(python -m fwp_fairseq)\n" + "".join(blocks(REFERENCE, "bash"))
-    bash(folder, commands.replace("--max-epoch 10", "--max-epoch 2").replace("max_epoch: 20", "max_epoch: 2"))
-    assert (folder / "lm" / "checkpoint_best.pt").exists() and (folder / "by-hydra" / "checkpoint_best.pt").exists()
+    printed = bash(folder, commands.replace("--max-epoch 10", "--max-epoch 2"))
+    for trained in ("lm", "by-hydra", "streaming"):
+        assert (folder / trained / "checkpoint_best.pt").exists()
+    texts = re.findall(r"^D-(\d)\t\S+\t(\S.*)$", printed, re.MULTILINE)
+    lines = (folder / "test.de").read_text().splitlines()
+    assert [number for number, _ in texts] == ["0", "0", "1", "2"]
+    assert texts[0][1].startswith(" ".join(lines[0].split()[:2])) and texts[1][1].startswith(lines[0])
+    assert re.search(r"^perplexity: \d", printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
     "message, command",
     [
         ("KeyError: \"'_name'\"", "fairseq-generate data-bin --path average.pt"),
+        (
+            "Weights only load failed",
+            "python -c \"import argparse, torch; torch.save(argparse.Namespace(), 'own.pt')\"\n"
+            "fairseq-generate data-bin --path own.pt",
+        ),
         ("invalid choice: 'fwp_transformer'", "fairseq-train data-bin --arch fwp_transformer"),
         (
             "Must specify batch size",
@@ -133,6 +146,16 @@ def test_messages_are_what_the_first_page_says(message: str, command: str, folde
     assert message in bash(folder, f"{command} 2>&1 || true")
 
 
+def test_a_memory_without_compiled_operators_says_what_the_first_page_says(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "unavailable", "they were not built")
+    monkeypatch.setattr(native, "_noted", False)
+    fast_weight_scan(*torch.rand(3, 1, 1, 2, 4))
+    (message,) = re.findall(r"\| `(fast weights [^`]*)` \|", README.read_text())
+    assert message in caplog.text
+
+
 # What a command of the pages begins with, and the test file that runs it, or why none does.
 RUN_BY = {
     "bash recipes/ui_strings/": "test_ui_strings_recipe.py",
@@ -143,8 +166,6 @@ RUN_BY = {
     "bash recipes/benchmark/gpu.sh": "test_benchmark_gpu_script.py",
     "fairseq-hydra-train --config-dir recipes/wikitext103": "test_wikitext103_recipe.py",
     "fairseq-train --user-dir fwp_fairseq --task associative_retrieval": "test_synthetic_task.py",
-    'fairseq-train data-bin --user-dir "$(python -m fwp_fairseq)" --task streaming': "test_streaming.py",
-    'fairseq-interactive data-bin --user-dir "$(python -m fwp_fairseq)" --task streaming': "test_streaming.py",
     "torchrun --nproc_per_node 2": "test_end_to_end.py",
     "python -m fwp_fairseq": "test_package.py",
     "python -m fwp_fairseq.average_checkpoints": "test_end_to_end.py",

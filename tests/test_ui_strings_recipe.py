@@ -226,6 +226,14 @@ def test_files_of_somebody_else_are_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["data-bin"]
 
 
+def test_an_environment_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "pyvenv.cfg").touch()
+    done = script("run.sh", "--output", str(tmp_path / "out"), "--venv", str(tmp_path / "env"))
+    recipe_scripts.assert_one_sentence(done, f"--venv {tmp_path / 'env'}", "none")
+    assert [path.name for path in (tmp_path / "env").iterdir()] == ["pyvenv.cfg"]
+
+
 @pytest.mark.parametrize("name", ["run.sh", "translate.sh", "compare.sh", "convert.sh", "lm.sh"])
 def test_help_lists_every_option_and_does_no_work(name: str, tmp_path: Path) -> None:
     done = script(name, "--help", FWP_OUTPUT=str(tmp_path / "out"))

@@ -1,52 +1,34 @@
-# What run.sh and decode.sh share; `parts` has the names of the Python files that they run.
+# shellcheck shell=bash
+# What run.sh and decode.sh share; `parts` has the names of the Python files that they run. To be sourced by them.
 
-set -euo pipefail
-script=$(basename "$0")
 recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-output=$recipe/../../outputs/benchmark
-only= venv=
+. "$recipe/../common.sh"
 
-fail() {
-    echo "$script: $*" >&2
-    exit 1
+common_options
+option only "${parts[*]}" "" "one of its parts"
+parse_options "$@"
+((!${#extra[@]})) || [[ -n $only ]] || fail "options after -- are for one part: name it with --only."
+enter_folder
+enter_environment
+
+# The implementations that it is compared with; one that cannot be installed is left out, and said so.
+install_peers() {
+    local pip=("$python" -m pip install --quiet -c constraints.txt)
+    cd -- "$repository"
+    # Without nvcc on PATH: the kernels compared here are those for the processor.
+    PATH=$venv/bin:/usr/bin:/bin "${pip[@]}" --no-build-isolation pytorch-fast-transformers==0.4.0 ||
+        say "left out: pytorch-fast-transformers 0.4.0"
+    "${pip[@]}" --no-deps flash-linear-attention==0.6.0 fla-core==0.6.0 einops ||
+        say "left out: flash-linear-attention 0.6.0"
+    "${pip[@]}" ctranslate2==4.8.5 || say "left out: CTranslate2 4.8.5"
+    cd -- "$output"
 }
-
-while (($#)); do
-    case $1 in
-    --output | --only | --venv)
-        (($# > 1)) || fail "$1 needs a value."
-        printf -v "${1#--}" %s "$2"
-        shift
-        ;;
-    --)
-        shift
-        break
-        ;;
-    -h | --help)
-        sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
-        exit
-        ;;
-    *) fail "unknown argument '$1' (allowed are --output, --only, --venv, --)." ;;
-    esac
-    shift
-done
-[[ -z $only || " ${parts[*]} " == *" $only "* ]] || fail "--only is '$only', allowed are ${parts[0]} and ${parts[1]}."
-(($# == 0)) || [[ -n $only ]] || fail "options after -- are for one part: name it with --only."
-mkdir -p "$output"
-output=$(cd "$output" && pwd)
-
-# Otherwise glibc gives every large tensor back to the system and takes it again page by page: noise for everyone.
-export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
-
-python=python
 if [[ $venv != none ]]; then
-    venv=${venv:-$output/venv}
-    bash "$recipe/environment.sh" "$venv"
-    python=$venv/bin/python
+    step "$venv/.peers" "$venv/.installed" "$(fingerprint "$recipe/common.sh")" "implementations to compare with" install_peers
 fi
 
 for part in ${only:-"${parts[@]}"}; do
-    echo "== $part"
-    "$python" "$recipe/$part.py" --output "$output" "$@" | tee "$output/$part.txt.new"
-    mv "$output/$part.txt.new" "$output/$part.txt"
+    say "$part"
+    "$python" "$recipe/$part.py" --output . ${extra[@]+"${extra[@]}"} | tee "$part.txt.new"
+    mv "$part.txt.new" "$part.txt"
 done

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Speed and memory of decoding on this machine's processor, with fast weights and with softmax. See README.md.
+# Usage: bash decode.sh [OPTION]... [-- OPTION_OF_A_PART...]
 #
-#   bash recipes/benchmark/decode.sh [--output DIR] [--only step|decode] [--venv DIR|none] [-- OPTION...]
+# Speed and memory of decoding on this machine's processor, with fast weights and with softmax. Tables go to the terminal
+# and, with CSV files and the plot, to OUTPUT. Runs of fairseq-generate that are in decode.csv are not done again. What
+# follows -- goes to step.py or decode.py, with --only.
 #
-# Makes an environment (environment.sh), unless there is one, or --venv none says to use the active one. What follows --
-# goes to step.py or decode.py, with --only. Tables go to the terminal and, with CSV files and the plot, to DIR. Runs of
-# fairseq-generate that are in decode.csv are not done again. Takes more than an hour.
+# Takes more than an hour, and needs a C++ compiler.
 
 parts=(step decode)
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -4,13 +4,6 @@
 #   bash recipes/benchmark/gpu.sh [GPU.PY_OPTION]...      the operators: a table, in a few minutes (--help)
 #   bash recipes/benchmark/gpu.sh --all [OPTION]...       builds, tests, checks and times everything: 10 to 15 minutes
 #
-# Options of --all:
-#   --output DIR    folder for the tables, gpu-*.csv, and logs (default: outputs/benchmark)
-#   --data DIR      output folder of recipes/ui_strings/run.sh, whose data is trained on (default: its own default, where
-#                   the data is made if it is not there)
-#   --parts "..."   of the parts below, some
-#   --rehearse      on a processor, with tiny sizes: shows that all parts run, and nothing else
-#
 # Parts, each with a time limit and a log of its own; what fails or takes too long stops none of the others:
 #   build      the operators with their kernels, if they are not there
 #   tests      tests/test_*_gpu.py
@@ -25,54 +18,31 @@
 # Uses the active environment, which needs torch for CUDA and fairseq; the environment variable PYTHON names another
 # interpreter (default: python3).
 
-set -euo pipefail
 recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-repository=$(cd "$recipe/../.." && pwd)
+. "$recipe/../common.sh"
 python=${PYTHON:-python3}
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
-fail() {
-    echo "gpu.sh: $*" >&2
-    exit 1
-}
-
 case ${1:-} in
 --all) shift ;;
--h | --help)
-    sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
-    exit
-    ;;
+-h | --help) ;;
 *) exec "$python" "$recipe/gpu.py" "$@" ;;
 esac
-
 known="build tests sanitize training operators lm decode peer"
-output=$repository/outputs/benchmark
-data=$repository/outputs/ui_strings
-parts=$known
-rehearse=
-while (($#)); do
-    case $1 in
-    --output | --data | --parts)
-        (($# > 1)) || fail "$1 needs a value."
-        printf -v "${1#--}" %s "$2"
-        shift
-        ;;
-    --rehearse) rehearse=1 ;;
-    *) fail "unknown argument '$1' (allowed are --output, --data, --parts, --rehearse)." ;;
-    esac
-    shift
-done
-for part in $parts; do
-    [[ " $known " == *" $part "* ]] || fail "--parts has '$part', allowed are: ${known// /, }."
-done
+option output text "$repository/outputs/benchmark" "folder for the tables, gpu-*.csv, and logs"
+option data text "$repository/outputs/ui_strings" \
+    "output folder of recipes/ui_strings/run.sh, whose data is trained on; made if it is not there"
+option parts "some $known" "$known" "of the parts, some"
+option rehearse flag 0 "on a processor, with tiny sizes: shows that all parts run, and nothing else"
+parse_options "$@"
 mkdir -p "$output"
 output=$(cd "$output" && pwd)
 why=$("$python" -W ignore -c 'import torch, fairseq' 2>&1 >/dev/null) || fail "$python cannot import torch and fairseq: ${why##*$'\n'}"
-[[ -n $rehearse ]] || "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+((rehearse)) || "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     fail "torch finds no GPU on this machine (--rehearse runs without one)."
 {
     "$python" -c 'import sys, torch, numpy; print("Python", sys.version.split()[0], "torch", torch.__version__, "numpy", numpy.__version__)'
-    [[ -n $rehearse ]] || "$python" -c 'import torch; print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())'
+    ((rehearse)) || "$python" -c 'import torch; print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())'
     git -C "$repository" rev-parse --short HEAD 2>/dev/null || true
 } | tee "$output/gpu-machine.txt"
 
@@ -103,13 +73,13 @@ part() {
 build() {
     cd "$repository"
     local device=cuda
-    [[ -z $rehearse ]] || device=cpu
+    ((!rehearse)) || device=cpu
     local has_kernels="from fwp_fairseq.ops import native as n; assert not n.unavailable and n.supports('$device')"
     if "$python" -c "$has_kernels" 2>/dev/null; then
         echo "built before"
         return
     fi
-    FWP_CUDA=$([[ -n $rehearse ]] || echo 1) "$python" setup.py build_ext --inplace
+    FWP_CUDA=$( ((rehearse)) || echo 1) "$python" setup.py build_ext --inplace
     "$python" -c "$has_kernels"
 }
 
@@ -120,32 +90,10 @@ run_tests() {
     "$python" -m pytest -q -n 6 -p no:cacheprovider -k "not flash" tests/test_*_gpu.py
 }
 
-small_scan() {
-    cat <<'END'
-import torch
-from fwp_fairseq.ops import fast_weight_scan, native
-device = "cuda" if torch.cuda.is_available() else "cpu"
-for backend in ("native", "triton") if device == "cuda" else ("native",):
-    q, k = (torch.rand(2, 2, 150, 64, device=device).softmax(-1).requires_grad_() for _ in range(2))
-    v = torch.randn(2, 2, 150, 64, device=device, requires_grad=True)
-    g, a = (torch.rand(2, 2, 150, device=device).requires_grad_() for _ in range(2))
-    fast_weight_scan(q, k, v, g, g, a, backend=backend)[0].sum().backward()
-state, order = torch.rand(5, 2, 32, 16, device=device), torch.tensor([1, 1, 0, 4, 4], device=device)
-q, k, v = (torch.rand(5, 2, 16, device=device) for _ in range(3))
-g, places = torch.rand(5, 2, device=device), torch.arange(5, device=device)
-features = native.AddressFeatures("dpfp", 1, "sum")
-for _ in range(3):
-    places = native.step(q, k, v, g, g, None, state, None, order, places, features)[1]
-if device == "cuda":
-    torch.cuda.synchronize()
-print("small scan and steps done")
-END
-}
-
 # sanitize TOOL
 sanitize() {
-    local command=("$python" -c "$(small_scan)")
-    if [[ -n $rehearse ]]; then
+    local command=("$python" "$recipe/small_scan.py")
+    if ((rehearse)); then
         "${command[@]}"
     else
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 "${command[@]}"
@@ -156,7 +104,7 @@ sanitize() {
 train() {
     local name=$1 here=$output/ui_strings epochs=()
     shift
-    [[ -z $rehearse ]] || epochs=(--epochs 1)
+    ((!rehearse)) || epochs=(--epochs 1)
     mkdir -p "$here"
     # A folder of its own for every one: they run side by side.
     [[ ! -d $data ]] || [[ -d $here/$name ]] || {
@@ -169,11 +117,11 @@ train() {
 
 places=(--encoder-self-attention fast-weight --decoder-self-attention fast-weight --cross-attention fast-weight)
 amp=()
-[[ -n $rehearse ]] || amp=(--amp)
+((rehearse)) || amp=(--amp)
 if [[ -f $data/corpus/valid.en ]]; then
     valid_size=$(wc -l <"$data/corpus/valid.en") test_size=$(wc -l <"$data/corpus/test.en")
 fi
-export -f build run_tests small_scan sanitize train
+export -f build run_tests sanitize train
 export recipe repository python output data rehearse valid_size test_size
 
 part build 300 build
@@ -189,12 +137,12 @@ wait
 # --- One after the other: what is timed -------------------------------------------------------------------------------
 
 small=()
-[[ -z $rehearse ]] || small=(--rehearse --repeats 2)
+((!rehearse)) || small=(--rehearse --repeats 2)
 lines=60 part operators 180 "$python" "$recipe/gpu.py" --output "$output" --only triton native chunk "torch SDPA" ${small[@]+"${small[@]}"}
 lm=(--gpu --precision fp16 --lengths 256 1024 4096 --batch 16384)
-[[ -z $rehearse ]] || lm=(--lengths 32 --batch 128 --updates 4)
+((!rehearse)) || lm=(--lengths 32 --batch 128 --updates 4)
 lines=14 part lm 150 "$python" "$recipe/models.py" --output "$output" --shape medium --table gpu-lm.csv "${lm[@]}"
-[[ -n $rehearse ]] || lines=60 part decode 240 "$python" "$recipe/decode.py" --output "$output" --gpu
+((rehearse)) || lines=60 part decode 240 "$python" "$recipe/decode.py" --output "$output" --gpu
 mkdir -p "$output/peer"
 lines=30 part peer 240 "$python" "$recipe/gpu.py" --output "$output/peer" --only fla --no-steps ${small[@]+"${small[@]}"}
 [[ ! -f $output/peer/gpu-operators.csv ]] || mv "$output/peer/gpu-operators.csv" "$output/gpu-peer.csv"

@@ -1,5 +1,11 @@
 #!/usr/bin/env bash
-# Which attention can follow a state for longer than it has seen: parity and permutations. See README.md, or --help.
+# Usage: bash run.sh [OPTION]... [-- FAIRSEQ_TRAIN_OPTION...]
+#
+# Train small language models to say after every move where one is, on sequences of up to 40 moves, and test them on up
+# to 256. OUTPUT/results.csv has the accuracies, OUTPUT/state_tracking.png draws them. What is done already is not done
+# again.
+#
+# Takes 1 to 2 minutes of one core for each of 24 trainings, no download.
 
 recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$recipe/../common.sh"
@@ -21,32 +27,11 @@ training=(
     --optimizer adam --lr 3e-3 --clip-norm 1 --weight-decay 0.01 --lr-scheduler polynomial_decay --warmup-updates 100
 )
 
-usage() {
-    cat <<END
-Usage: bash run.sh [OPTION]... [-- FAIRSEQ_TRAIN_OPTION...]
-
-Train small language models to say after every move where one is, on sequences of up to 40 moves, and test them on up to
-256. OUTPUT/results.csv has the accuracies, OUTPUT/state_tracking.png draws them. What is done already is not done again.
-
-Takes 1 to 2 minutes of one core for each of 24 trainings, no download.
-END
-}
-
 common_options
-option groups text "parity s3" "what to follow, between spaces"
-option seeds text "1 2 3" "seeds to train each with, between spaces"
+option groups "some parity s3" "parity s3" "what to follow, between spaces"
+option seeds "some number" "1 2 3" "seeds to train each with, between spaces"
 option epochs count 10 "passes over 6,400 sequences, which are new in each"
 parse_options "$@"
-((!${#words[@]})) || fail "unexpected argument '${words[0]}' (--help lists the options)."
-read -ra group_list <<<"$groups"
-read -ra seed_list <<<"$seeds"
-((${#seed_list[@]} && ${#group_list[@]})) || fail "--seeds and --groups need at least one each."
-for seed in "${seed_list[@]}"; do
-    check_option seed number
-done
-for group in "${group_list[@]}"; do
-    check_option group "parity s3"
-done
 enter_output
 enter_environment
 
@@ -59,8 +44,8 @@ train_one() {
         --valid-subset "${subsets%,}" --validate-interval "$epochs" --log-format simple --log-interval 50
 }
 
-for seed in "${seed_list[@]}"; do
-    for group in "${group_list[@]}"; do
+for seed in $seeds; do
+    for group in $groups; do
         for row in "${configurations[@]}"; do
             IFS='|' read -r name flags <<<"$row"
             read -ra flags <<<"$flags"

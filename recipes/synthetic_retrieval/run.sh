@@ -15,13 +15,13 @@
 # What is done already is not done again: an interrupted command goes on when it is given again, and two of them can run
 # side by side.
 
-set -euo pipefail
 recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-repository=$(cd "$recipe/../.." && pwd)
-export FWP_SCRIPT=run.sh PYTHONUTF8=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+. "$recipe/../common.sh"
+export FWP_SCRIPT=run.sh
 output=$repository/outputs/synthetic_retrieval
 figure='' venv='' arguments=()
 
+# As sweep.py does, whose options the others are.
 fail() {
     printf 'run.sh: %s\n' "$*" >&2
     exit 2
@@ -30,7 +30,7 @@ fail() {
 while (($#)); do
     case $1 in
     -h | --help)
-        sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+        usage
         exit
         ;;
     --output | --venv)
@@ -48,28 +48,15 @@ while (($#)); do
     shift
 done
 [[ -n $figure ]] || fail "name a figure: figure2, figure3, figure4 or figure5 (--help lists the options)."
+
 [[ -n $output ]] || fail "--output is empty."
 
-python=${PYTHON:-$(command -v python3.11 || echo python3)}
-if [[ $venv == none ]]; then
-    python=${PYTHON:-python}
-else
+python=${PYTHON:-python}
+if [[ $venv != none ]]; then
+    python=${PYTHON:-$(command -v python3.11 || echo python3)}
     mkdir -p -- "$output" || fail "--output $output cannot be made."
-    venv=${venv:-$output/venv}
-    marker=$venv/.fwp-synthetic
-    fingerprint=$(cat "$repository"/{setup.py,constraints.txt,fwp_fairseq/csrc/*} "$recipe/run.sh" | cksum)
-    if [[ ! -f $marker || $(<"$marker") != "$fingerprint" ]]; then
-        echo "== making the environment $venv"
-        "$python" -m venv -- "$venv"
-        # Twice, because the compiled operators need torch to be there when they are built.
-        (cd -- "$repository" &&
-            "$venv/bin/python" -m pip install --quiet -c constraints.txt -e ".[fairseq]" matplotlib setuptools &&
-            "$venv/bin/python" -m pip install --quiet -c constraints.txt --no-deps --no-build-isolation -e .)
-        printf '%s\n' "$fingerprint" >"$marker"
-    fi
-    python=$venv/bin/python
+    venv=$(realpath -m -- "${venv:-$output/venv}")
 fi
-
-export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
+enter_environment
 "$python" "$recipe/sweep.py" "$figure" --output "$output" ${arguments[@]+"${arguments[@]}"}
 "$python" "$recipe/draw.py" "$figure" --output "$output"

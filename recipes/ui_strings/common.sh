@@ -79,25 +79,16 @@ several_runs_options() {
     option vocab-size count 4000 "pieces of the sentencepiece vocabulary that both languages share"
     option valid-size count 500 "pairs for validation"
     option test-size count 500 "pairs for the score"
-    option seeds text "1 2 3" "seeds to train each with, between spaces"
+    option seeds "some number" "1 2 3" "seeds to train each with, between spaces"
 }
 
-# Check what was given of them, and set seed_list=().
-check_several_runs_options() {
-    local seed
-    ((!${#words[@]})) || fail "unexpected argument '${words[0]}' (--help lists the options)."
-    read -ra seed_list <<<"$seeds"
-    ((${#seed_list[@]})) || fail "--seeds is empty."
-    for seed in "${seed_list[@]}"; do
-        check_option seed number
-    done
+# Go to the output folder, and set seed_list=(), and run=(), the command of run.sh with these options.
+enter_several_runs() {
     check_target_language
     [[ -z $wheels || $wheels == /* ]] || wheels=$PWD/$wheels
     [[ -z $cache || $cache == /* ]] || cache=$PWD/$cache
-}
-
-# Set run=(), the command of run.sh with them.
-several_runs_command() {
+    enter_output
+    read -rd '' -ra seed_list <<<"$seeds" || true
     run=(bash "$recipe/run.sh" --output "$output" --python "$python" --venv "$venv"
         --target-language "$target_language" --vocab-size "$vocab_size" --valid-size "$valid_size" --test-size "$test_size")
     [[ -z $threads ]] || run+=(--threads "$threads")

@@ -52,6 +52,8 @@ Takes 10 minutes of two cores for each training, and 30 MB of disk.
 END
 }
 
+names() { printf '%s\n' "${configurations[@]}" | cut -d '|' -f 3 | xargs; }
+
 # Split a row of the table into the variables attention, places, name and flags.
 read_row() {
     IFS='|' read -r attention places name flags <<<"$1"
@@ -62,26 +64,19 @@ read_row() {
 common_options
 several_runs_options
 option epochs count 20 "passes over the training pairs"
-option only text "" "names of what to compare, between spaces (default: all)"
+option only "some $(names)" "" "names of what to compare, between spaces (default: all)"
 option jobs count 1 "how many to train at a time; they share the processor's cores"
 parse_options "$@"
-check_several_runs_options
-
 chosen=()
 for row in "${configurations[@]}"; do
     read_row "$row"
     [[ -n $only && " $only " != *" $name "* ]] || chosen+=("$row")
 done
-for name in $only; do
-    [[ "${configurations[*]}" == *"| $name |"* ]] || fail "--only: there is no '$name' (--help lists the names)."
-done
-enter_output
+enter_several_runs
 if [[ -z $threads ]]; then
     threads=$(($("$python" -c 'import os; print(len(os.sched_getaffinity(0)))') / jobs))
     ((threads)) || threads=1
 fi
-
-several_runs_command
 run+=(--epochs "$epochs")
 "${run[@]}" --data-only
 
@@ -89,8 +84,7 @@ run+=(--epochs "$epochs")
 
 # Each run is a process group of its own, so that stopping this script stops all that it started.
 set -m
-running=()
-trap 'for group in ${running[@]+"${running[@]}"}; do kill -- "-$group" 2>/dev/null || true; done' EXIT
+trap 'for group in $(jobs -p); do kill -- "-$group" 2>/dev/null || true; done' EXIT
 trap 'exit 130' INT TERM
 
 train_and_score() {
@@ -105,19 +99,6 @@ train_and_score() {
     fi
 }
 
-# Wait until fewer than $1 runs are running.
-wait_below() {
-    local group alive
-    while ((${#running[@]} >= $1)); do
-        wait -n || true
-        alive=()
-        for group in "${running[@]}"; do
-            ! kill -0 "$group" 2>/dev/null || alive+=("$group")
-        done
-        running=(${alive[@]+"${alive[@]}"})
-    done
-}
-
 # In braces, so that bash has read all of it before it starts: this takes hours, and the file may change meanwhile.
 {
     mkdir -p compare
@@ -126,17 +107,16 @@ wait_below() {
     for seed in "${seed_list[@]}"; do
         for row in "${chosen[@]}"; do
             read_row "$row"
-            wait_below "$jobs"
+            while (($(jobs -pr | wc -l) >= jobs)); do wait -n || true; done
             if ((${#extra[@]})); then
                 # A row may have options for fairseq-train of its own.
                 [[ " ${flags[*]} " == *" -- "* ]] || flags+=(--)
                 flags+=("${extra[@]}")
             fi
             train_and_score "$name-seed$seed" "$seed" "${flags[@]}" &
-            running+=("$!")
         done
     done
-    wait_below 1
+    wait
 
     # The table.
     table=()

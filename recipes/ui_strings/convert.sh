@@ -25,10 +25,7 @@ common_options
 several_runs_options
 option epochs count 18 "passes over the training pairs of the model with softmax attention"
 parse_options "$@"
-check_several_runs_options
-enter_output
-
-several_runs_command
+enter_several_runs
 
 # convert PLACES OPTION...: make fast weights of the parent with this seed, as PLACES-converted-seedN after an update that
 # changes nothing, and as PLACES-finetuned-seedN.

@@ -1,5 +1,10 @@
 #!/usr/bin/env bash
-# A small language model of the text of Python's help(), its perplexity, and a continuation. See README.md, or --help.
+# Usage: bash lm.sh [OPTION]... [-- FAIRSEQ_TRAIN_OPTION...]
+#
+# Train a language model on the text of Python's help(), which every CPython ships, evaluate it on held-out topics with
+# fairseq-eval-lm, and let it continue a text. What is done already is not done again.
+#
+# Takes some minutes on two cores, no download, 1.7 GB of disk for the environment.
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -22,17 +27,6 @@ training=(
     --clip-norm 1.0 --max-tokens 2048
 )
 
-usage() {
-    cat <<END
-Usage: bash lm.sh [OPTION]... [-- FAIRSEQ_TRAIN_OPTION...]
-
-Train a language model on the text of Python's help(), which every CPython ships, evaluate it on held-out topics with
-fairseq-eval-lm, and let it continue a text. What is done already is not done again.
-
-Takes some minutes on two cores, no download, 1.7 GB of disk for the environment.
-END
-}
-
 common_options
 option vocab-size count 2000 "pieces of the sentencepiece vocabulary"
 fast_weight_options "$default_rule" "$default_feature_map" "$default_dpfp_nu" "$default_attention_normalization" \
@@ -44,7 +38,6 @@ option model text "" "name of the trained model, a folder in OUTPUT/models (defa
 option prompt text "The class statement is" "text to continue"
 option length count 60 "pieces that the continuation has at most"
 parse_options "$@"
-((!${#words[@]})) || fail "unexpected argument '${words[0]}' (--help lists the options)."
 check_model_name
 [[ -n ${prompt//[[:space:]]/} ]] || fail "--prompt is empty."
 enter_output
@@ -71,17 +64,11 @@ make_text() {
     done
 }
 
-make_binary() {
-    rm -rf lm/data-bin lm/data-bin.new
-    quietly lm/preprocess.log fairseq preprocess --only-source --workers 1 --trainpref lm/text/train.pieces \
-        --validpref lm/text/valid.pieces --testpref lm/text/test.pieces --destdir lm/data-bin.new >/dev/null
-    mv lm/data-bin.new lm/data-bin
-}
-
 # The text goes with the version of Python.
 data="$("$python" --version) $(fingerprint "$recipe/python_text.py") pieces $vocab_size"
 step steps/lm-text lm/text "$data" "text of Python's help()" make_text
-step steps/lm-data-bin lm/data-bin "$data" "fairseq-preprocess" make_binary
+step steps/lm-data-bin lm/data-bin "$data" "fairseq-preprocess" preprocess lm/data-bin --only-source --workers 1 \
+    --trainpref lm/text/train.pieces --validpref lm/text/valid.pieces --testpref lm/text/test.pieces
 
 # --- Training and perplexity -----------------------------------------------------------------------------------------
 

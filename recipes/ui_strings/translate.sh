@@ -1,21 +1,15 @@
 #!/usr/bin/env bash
-# Translate English user-interface strings with a model that run.sh trained. See README.md, or --help.
+# Usage: bash translate.sh [OPTION]... [--] [SENTENCE]...
+#
+# Translate each argument, or, without arguments, each line of standard input, from English, with a model that run.sh has
+# trained. Only translations are written to standard output, one a line, in the order of the input.
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-
-usage() {
-    cat <<END
-Usage: bash translate.sh [OPTION]... [--] [SENTENCE]...
-
-Translate each argument, or, without arguments, each line of standard input, from English. Only translations are written
-to standard output, one a line, in the order of the input.
-END
-}
 
 common_options
 option model text "" "name of the trained model, a folder in OUTPUT/models (default: the latest without a name)"
 option beam count 5 "width of the beam search"
-parse_options "$@"
+parse_options_and_words "$@"
 words+=(${extra[@]+"${extra[@]}"})
 [[ -d $output ]] || fail "there is no trained model in $output: train one with run.sh first."
 enter_output

@@ -18,47 +18,34 @@ streaming_rows=(
 )
 rows=("${truncated_rows[@]}" "${streaming_rows[@]}")
 
-# row_flags ROW SIZE: set what this row is to fairseq-train: architecture=, model_flags=(), task=, and segment=, the
-# tokens of a segment. (The files in config/row say the same of the truncated rows to fairseq-hydra-train.)
+# configured KEY: a value of config/$size.yaml.
+configured() { sed -n "s/^  $1: //p" "$recipe/config/$size.yaml"; }
+
+# row_flags ROW: of this row with the $size, set what it is to fairseq-train: architecture=, model_flags=(), task=, and
+# segment=, the tokens of a segment. The files in config say it, for fairseq-hydra-train too, but of Transformer-XL.
 row_flags() {
-    local row=$1 size=$2 head_size=16
-    segment=256
-    if [[ $size == medium ]]; then
-        head_size=32 segment=384
-    fi
+    local row=$1 key value
     architecture=fwp_transformer_lm_wiki103_$size
     task=language_modeling
-    model_flags=(--decoder-self-attention fast-weight)
-    # Sum rule: the weighted mean that attention normalisation makes of features as they are. Delta rule: features that
-    # sum to one, and nothing after.
-    case $row in
-    softmax | xl-*) model_flags=(--decoder-self-attention softmax) ;;
-    sum-*) model_flags+=(--update-rule sum --attention-normalization --key-normalization none) ;;
-    delta-*) model_flags+=(--update-rule delta --key-normalization sum) ;;
-    gated-delta-*) model_flags+=(--update-rule gated-delta --key-normalization sum) ;;
-    esac
-    case $row in
-    *-elu*) model_flags+=(--feature-map elu) ;;
-    *-favor) model_flags+=(--feature-map favor --favor-features $((head_size / 2))) ;;
-    *-favor-16) model_flags+=(--feature-map favor --favor-features 16) ;;
-    *-dpfp-1*) model_flags+=(--feature-map dpfp --dpfp-nu 1) ;;
-    esac
-    case $row in
-    *-attnorm) model_flags+=(--attention-normalization) ;;
-    # Without attention normalisation, and so with features that sum to one.
-    sum-*-streaming) model_flags=(--decoder-self-attention fast-weight --update-rule sum --feature-map elu) ;;
-    xl-*)
+    segment=$(configured tokens_per_sample)
+    model_flags=()
+    if [[ $row == xl-* ]]; then
         segment=${row#xl-}
         architecture=transformer_xl_wiki103_$size
+        task=streaming_language_modeling
         model_flags=(--memory-length "$segment")
-        ;;
-    esac
-    case $row in
-    *-nopos* | *-streaming) model_flags+=(--no-token-positional-embeddings) ;;
-    esac
-    case $row in
-    *-streaming | xl-*) task=streaming_language_modeling ;;
-    esac
+        return
+    fi
+    while IFS=': ' read -r key value; do
+        case $key=$value in
+        '#'* | *=) ;;
+        _name=*) task=$value ;;
+        *=true) model_flags+=("--${key//_/-}") ;;
+        *) model_flags+=("--${key//_/-}" "$value") ;;
+        esac
+    done <"$recipe/config/row/$row.yaml"
+    # As many features as a head has dimensions.
+    [[ $row != *-favor ]] || model_flags+=(--favor-features "$(configured favor_features)")
 }
 
 # --- Data ------------------------------------------------------------------------------------------------------------

@@ -1,24 +1,17 @@
 #!/usr/bin/env bash
-# WikiText-103, from the public archive to what fairseq-train reads. See README.md, or --help.
+# Usage: bash prepare.sh [OPTION]...
+#
+# Get the archive of WikiText-103 and make OUTPUT/data-bin/words of it, or, with --bpe N or --sentencepiece N,
+# OUTPUT/data-bin/bpe-N or sentencepiece-N. What is done already is not done again.
+#
+# Downloads 190 MB, unless --from names a copy.
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-
-usage() {
-    cat <<END
-Usage: bash prepare.sh [OPTION]...
-
-Get the archive of WikiText-103 and make OUTPUT/data-bin/words of it, or, with --bpe N or --sentencepiece N,
-OUTPUT/data-bin/bpe-N or sentencepiece-N. What is done already is not done again.
-
-Downloads 190 MB, unless --from names a copy.
-END
-}
 
 common_options
 archive_options
 data_options
 parse_options "$@"
-no_words
 choose_data
 check_archive_options
 # The checksum that torchtext has published of the archive; another place may have packed it in another way.
@@ -52,13 +45,10 @@ make_binary() {
     if [[ $vocabulary == words ]]; then
         prefix=$wiki. suffix=.tokens
     fi
-    rm -rf "$data_bin" "$data_bin.new"
-    mkdir -p data-bin
-    quietly preprocess.log fairseq preprocess --only-source --workers "$jobs" --trainpref "${prefix}train$suffix" \
-        --validpref "${prefix}valid$suffix" --testpref "${prefix}test$suffix" --destdir "$data_bin.new" >/dev/null
+    preprocess "$data_bin" --only-source --workers "$jobs" --trainpref "${prefix}train$suffix" \
+        --validpref "${prefix}valid$suffix" --testpref "${prefix}test$suffix"
     # How many words there are, to tell the perplexity per word from that per piece.
-    text count "$wiki".{train,valid,test}.tokens >"$data_bin.new/words.json"
-    mv "$data_bin.new" "$data_bin"
+    text count "$wiki".{train,valid,test}.tokens >"$data_bin/words.json"
 }
 
 step steps/archives archives/SHA256SUMS "$from $checksums" "archive" get_archives "$url"

@@ -14,6 +14,7 @@ further_rows=()
 for row in "${rows[@]}"; do
     [[ $row == xl-* || " ${docs_rows[*]} " == *" $row "* ]] || further_rows+=("$row")
 done
+size=small
 segment=128
 training=(
     --tokens-per-sample "$segment" --arch fwp_transformer_lm
@@ -41,18 +42,12 @@ END
 common_options
 option minutes count 30 "minutes of training of each model"
 option pieces count 4000 "pieces of the sentencepiece vocabulary"
-option only text "" "names of what to train, between spaces (default: all of the first list)"
+option only "some ${docs_rows[*]} ${further_rows[*]}" "" "names of what to train, between spaces (default: all of the first list)"
 option seed number 1 "seed of initialisation, order of batches and dropout"
-option window text "" "tokens of the window in evaluation (default: $segment)"
+option window count "" "tokens of the window in evaluation (default: $segment)"
 option batch-size count 64 "windows to compute at once"
 option cpu flag 0 "train and evaluate on the processor, even if there is a GPU"
 parse_options "$@"
-no_words
-[[ -z $window ]] || check_option window count
-for row in $only; do
-    [[ " ${docs_rows[*]} ${further_rows[*]} " == *" $row "* ]] ||
-        fail "--only: there is no '$row', allowed are: ${docs_rows[*]} ${further_rows[*]}."
-done
 enter_output
 enter_environment
 
@@ -73,12 +68,9 @@ vocabulary=sentencepiece-$pieces
 data_bin=data-bin/$vocabulary
 
 make_binary() {
-    rm -rf "$data_bin" "$data_bin.new"
-    mkdir -p data-bin
-    quietly preprocess.log fairseq preprocess --only-source --workers 1 --trainpref text/train.pieces \
-        --validpref text/valid.pieces --testpref text/test.pieces --destdir "$data_bin.new" >/dev/null
-    text count text/{train,valid,test} >"$data_bin.new/words.json"
-    mv "$data_bin.new" "$data_bin"
+    preprocess "$data_bin" --only-source --workers 1 --trainpref text/train.pieces \
+        --validpref text/valid.pieces --testpref text/test.pieces
+    text count text/{train,valid,test} >"$data_bin/words.json"
 }
 
 # The text goes with the version of Python.
@@ -93,7 +85,7 @@ device=()
 ((!cpu)) || device=(--cpu)
 chosen=()
 for row in ${only:-"${docs_rows[@]}"}; do
-    row_flags "$row" small
+    row_flags "$row"
     segment=${training[1]}
     flags=(--task "$task" "${training[@]}" "${model_flags[@]}" --seed "$seed" ${extra[@]+"${extra[@]}"})
     keep_model "$row-seed$seed" "$row" docs "$vocabulary" "$task" "$segment" "$data" "minutes $minutes" "${flags[*]}"

@@ -12,6 +12,8 @@ Train a row of tables 2, 3 and 5 on what prepare.sh has made:
 or of table 4, whose context goes on from segment to segment:
   ${streaming_rows[*]}
 An interrupted training goes on from its last checkpoint.
+
+Takes days on GPUs.
 END
 }
 
@@ -20,18 +22,17 @@ option size "small medium" small "size of the model"
 data_options
 cluster_options fp32
 option update-freq count 1 "batches of a GPU that make up an update, for a GPU that cannot take its share at once"
-option epochs text "" "passes over the text (default: 120 for small models, 70 for medium ones)"
+option epochs count "" "passes over the text (default: 120 for small models, 70 for medium ones)"
 option seed number 1 "seed of initialisation, order of batches and dropout"
 option model text "" "name of the trained model, a folder in OUTPUT/models (default: SIZE-ROW-seedN)"
 option dry-run flag 0 "print the options for fairseq-train, one a line, and stop"
-parse_options "$@"
+parse_options_and_words "$@"
 enter_row
-[[ -z $epochs ]] || check_option epochs count
 check_cluster_options
 check_model_name
 choose_data
 [[ $row != xl-* || $size == medium ]] || fail "row $row is for --size medium, as in table 4."
-row_flags "$row" "$size"
+row_flags "$row"
 [[ $task == language_modeling ]] || ((update_freq == 1)) ||
     fail "--update-freq is $update_freq: row $row reads the text in its order, a segment for each update."
 enter_prepared
@@ -41,11 +42,8 @@ count_processes
 # --- Settings --------------------------------------------------------------------------------------------------------
 
 # Appendix D.3 and F of the paper; updates, warm-up of Transformer-XL and clipping are the authors' scripts'.
-warmup=2000
-case $size in
-small) batch=96 width=128 updates=500000 epochs=${epochs:-120} ;;
-medium) batch=56 width=256 updates=400000 epochs=${epochs:-70} ;;
-esac
+warmup=$(configured warmup_updates) updates=$(configured max_update) batch=$(configured batch_size)
+epochs=${epochs:-$(configured max_epoch)}
 [[ $row != xl-* ]] || warmup=1000 updates=200000
 share=$((batch / (processes * update_freq)))
 ((share * processes * update_freq == batch)) ||
@@ -65,7 +63,7 @@ if [[ $vocabulary != words ]]; then
         [[ $row != xl-* ]] || fail "row $row needs a vocabulary of more than 20000 pieces."
         criterion=cross_entropy
         architecture=fwp_transformer_lm
-        model_flags+=(--decoder-layers 16 --decoder-embed-dim "$width" --decoder-ffn-embed-dim 2048
+        model_flags+=(--decoder-layers 16 --decoder-embed-dim "$(configured decoder_embed_dim)" --decoder-ffn-embed-dim 2048
             --decoder-attention-heads 8 --dropout 0.1 --no-attention-bias --share-decoder-input-output-embed)
     fi
 fi

@@ -1,17 +1,11 @@
 #!/usr/bin/env bash
-# Translate newstest2013 and newstest2014 with trained models, and score them. See README.md, or --help.
+# Usage: bash evaluate.sh [MODEL]... [OPTION]... [-- FAIRSEQ_GENERATE_OPTION...]
+#
+# Translate with the models of these names, or with all that train.sh has finished, and print tokenised BLEU with compounds
+# split, as the literature has it, and sacreBLEU of the detokenised text with its signature. What is done already is not
+# done again.
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-
-usage() {
-    cat <<END
-Usage: bash evaluate.sh [MODEL]... [OPTION]... [-- FAIRSEQ_GENERATE_OPTION...]
-
-Translate with the models of these names, or with all that train.sh has finished, and print tokenised BLEU with compounds
-split, as the literature has it, and sacreBLEU of the detokenised text with its signature. What is done already is not
-done again.
-END
-}
 
 common_options
 option beam count 4 "width of the beam search"
@@ -19,7 +13,7 @@ option lenpen text 0.6 "length penalty"
 option max-tokens count 8000 "tokens to translate at a time, at most"
 option precision "fp32 fp16" fp32 "number format on a GPU"
 option cpu flag 0 "translate on the processor"
-parse_options "$@"
+parse_options_and_words "$@"
 [[ $lenpen =~ ^-?[0-9]+(\.[0-9]+)?$ ]] || fail "--lenpen is '$lenpen', it must be a number."
 enter_prepared
 choose_models

@@ -1,25 +1,18 @@
 #!/usr/bin/env bash
-# WMT14 English-German, from the public archives to what fairseq-train reads. See README.md, or --help.
+# Usage: bash prepare.sh [OPTION]...
+#
+# Get the archives of WMT14, and make OUTPUT/data-bin of them: newstest2013 is the validation part, newstest2014 the
+# test. What is done already is not done again.
+#
+# Downloads about 1.7 GB, unless --from names a copy.
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-
-usage() {
-    cat <<END
-Usage: bash prepare.sh [OPTION]...
-
-Get the archives of WMT14, and make OUTPUT/data-bin of them: newstest2013 is the validation part, newstest2014 the
-test. What is done already is not done again.
-
-Downloads about 1.7 GB, unless --from names a copy.
-END
-}
 
 common_options
 archive_options
 option news-commentary "v12 v9" v12 "version of News Commentary: v9 is WMT14's own, v12 what fairseq's recipe has"
 option merges count 32000 "byte-pair merges of both languages together"
 parse_options "$@"
-no_words
 check_archive_options
 enter_output
 enter_environment
@@ -80,14 +73,6 @@ apply_bpe_to_tests() {
     done
 }
 
-make_binary() {
-    rm -rf data-bin data-bin.new
-    quietly preprocess.log fairseq preprocess --source-lang en --target-lang de --joined-dictionary \
-        --nwordssrc 32768 --nwordstgt 32768 --workers "$jobs" --trainpref clean/train --validpref pieces/valid \
-        --testpref pieces/test --destdir data-bin.new >/dev/null
-    mv data-bin.new data-bin
-}
-
 mkdir -p tokens pieces clean
 text="$(fingerprint "$recipe/corpus.py" "$recipe"/../{bpe,parallel}.py)$digests"
 for language in en de; do
@@ -106,5 +91,7 @@ done
 step steps/pieces-tests pieces/test.de "$text" "splitting newstest2013 and newstest2014 into pieces" apply_bpe_to_tests
 step steps/clean clean/train.de "$text" "leaving out pairs that are empty, too long or out of proportion" \
     corpus clean pieces/train.en pieces/train.de clean/train.en clean/train.de
-step steps/data-bin data-bin "$text" "fairseq-preprocess" make_binary
+step steps/data-bin data-bin "$text" "fairseq-preprocess" preprocess data-bin --source-lang en --target-lang de \
+    --joined-dictionary --nwordssrc 32768 --nwordstgt 32768 --workers "$jobs" --trainpref clean/train \
+    --validpref pieces/valid --testpref pieces/test
 say "data: $output/data-bin"

@@ -20,6 +20,8 @@ Usage: bash train.sh ROW [OPTION]... [-- FAIRSEQ_TRAIN_OPTION...]
 
 Train a row of table 1 on what prepare.sh has made: ${rows[*]}.
 An interrupted training goes on from its last checkpoint.
+
+Takes days on GPUs.
 END
 }
 
@@ -31,7 +33,7 @@ option epochs count 45 "passes over the training pairs"
 option seed number 1 "seed of initialisation, order of batches and dropout"
 option model text "" "name of the trained model, a folder in OUTPUT/models (default: SIZE-ROW-seedN)"
 option dry-run flag 0 "print the options for fairseq-train, one a line, and stop"
-parse_options "$@"
+parse_options_and_words "$@"
 enter_row
 check_cluster_options
 check_model_name
