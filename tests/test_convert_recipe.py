@@ -1,6 +1,5 @@
 """recipes/ui_strings/convert.sh asks run.sh for the models that its table is of."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,11 @@ printf '%s\\n' "$*" >>"$NOTES"
 while [[ $1 != --output ]]; do shift; done; output=$2
 while [[ $1 != --model ]]; do shift; done; folder=$output/models/$2
 mkdir -p -- "$folder"
-printf '%s' '{"bleu": 30.5, "valid_nll": 3.25, "train_minutes": 1.0}' >"$folder/result.json"
+printf '%s\\t%s\\n' S-0 'a b c d' T-0 'a b c d' D-0 '-1	a b c d' >"$folder/test.out"
+echo 'Generate test with beam=5: BLEU = 30.50 1/2/3/4' >>"$folder/test.out"
+echo 'x | valid | epoch 001 | loss 4.0 | nll_loss 3.25' >"$folder/train.log"
+echo 'x | train | epoch 001 | train_wall 60' >>"$folder/train.log"
+echo '{}' >"$folder/result.json"
 """
 
 
@@ -41,9 +44,9 @@ def test_every_seed_has_a_parent_and_what_is_made_of_it(recipe: Path, tmp_path: 
             assert ("--cross-attention fast-weight" in line) == kind.startswith("all")
             assert ("--lr 0 --max-update 1" in line) == kind.endswith("converted") and "--dropout 0.3" in line
     table = (output / "convert.md").read_text()
-    assert done.stdout.endswith(table) and table.count("| 30.5 | 30.5 | 30.5 | 3.250 | 1.0 |") == 5
+    assert done.stdout.endswith(table) and table.count("| 30.5 \u00b1 0.0 | 100.0 \u00b1 0.0 |") == 5
+    assert table.count("| 3.250 \u00b1 0.000 | 1.0 \u00b1 0.0 |") == 5
     assert len((output / "convert.csv").read_text().splitlines()) == 1 + 2 * 5
-    assert json.loads((output / "models" / "all-finetuned-seed4" / "result.json").read_text())["bleu"] == 30.5
 
 
 @pytest.mark.parametrize("option, value", [("--seeds", "1 x"), ("--seeds", " "), ("--epochs", "0")])

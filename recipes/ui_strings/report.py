@@ -18,7 +18,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 SAMPLES = 6
 # Of the test strings, for p values.
@@ -34,7 +34,7 @@ class Translation(NamedTuple):
     hypothesis: str
 
 
-class Result(TypedDict):
+class Result(NamedTuple):
     """How good a model is and what it cost."""
 
     bleu: float
@@ -98,12 +98,12 @@ def result_of(model: Path) -> Result:
     hypotheses, references = translations_of(model)
     chrf = round(corpus_chrf(hypotheses, [references]).score, 2)
     bleu = read_output(model / "test.out")[1]
-    return {"bleu": bleu, "chrf": chrf, "valid_nll": nll, "train_minutes": round(minutes, 2)}
+    return Result(bleu, chrf, nll, round(minutes, 2))
 
 
 def write_result(model: Path) -> None:
     """Write result.json."""
-    write(model / "result.json", json.dumps(result_of(model), indent=2) + "\n")
+    write(model / "result.json", json.dumps(result_of(model)._asdict(), indent=2) + "\n")
 
 
 def print_samples(model: Path) -> None:
@@ -128,10 +128,11 @@ def p_values(baseline: Path, models: Sequence[Path]) -> list[float]:
     from sacrebleu.metrics import BLEU
     from sacrebleu.significance import PairedTest
 
-    systems = [(str(number), translations_of(model)[0]) for number, model in enumerate([baseline, *models])]
+    systems: Any = [(str(number), translations_of(model)[0]) for number, model in enumerate([baseline, *models])]
     references = [translations_of(baseline)[1]]
     test = PairedTest(systems, {"BLEU": BLEU(references=references)}, None, test_type="bs", n_samples=BOOTSTRAP_SAMPLES)
-    return [float(found.p_value) for found in test()[1]["BLEU"][1:]]
+    scores: Any = test()[1]["BLEU"]
+    return [float(found.p_value) for found in scores[1:]]
 
 
 def mean_and_spread(values: Sequence[float], digits: int) -> str:
@@ -149,7 +150,7 @@ def make_table(rows: Sequence[Sequence[str]], runs: Sequence[Run]) -> str:
         own = [run for run in runs if run.model == model]
         if own:
             figures = (("bleu", 1), ("chrf", 1), ("valid_nll", 3), ("train_minutes", 1))
-            bleu, chrf, nll, minutes = (mean_and_spread([run.result[k] for run in own], n) for k, n in figures)
+            bleu, chrf, nll, minutes = (mean_and_spread([getattr(run.result, k) for run in own], n) for k, n in figures)
             cells[2:] = [bleu, chrf, ", ".join(f"{run.p:.3f}" for run in own if run.p is not None), nll, minutes]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -169,7 +170,7 @@ def plot(rows: Sequence[Sequence[str]], runs: Sequence[Run], path: Path) -> None
     figure, both = plt.subplots(1, 2, figsize=(10, 0.7 + 0.55 * len(there)), sharey=True, layout="constrained")
     for axes, name, label in ((both[0], "bleu", "BLEU"), (both[1], "valid_nll", "validation nll (lower is better)")):
         for height, (*_, model) in enumerate(there):
-            values = [run.result[name] for run in runs if run.model == model]
+            values = [getattr(run.result, name) for run in runs if run.model == model]
             spread = statistics.stdev(values) if len(values) > 1 else 0
             axes.errorbar(statistics.mean(values), height, xerr=spread, fmt="o", color="C0", capsize=4)
             axes.plot(values, [height] * len(values), "|", color="C1", markersize=9)
@@ -202,8 +203,8 @@ def write_tables(output: Path, name: str, rows: Sequence[Sequence[str]], seeds: 
     for attention, places, model in rows:
         for run in (run for run in runs if run.model == model):
             result, p = run.result, "" if run.p is None else f"{run.p:.4f}"
-            figures = [result["bleu"], result["chrf"], p, result["valid_nll"], result["train_minutes"]]
-            lines.writerow([attention, places, run.seed, *figures])
+            own = [run.seed, result.bleu, result.chrf, p, result.valid_nll, result.train_minutes]
+            lines.writerow([attention, places, *own])
     markdown = make_table(rows, runs)
     write(output / f"{name}.csv", table.getvalue())
     write(output / f"{name}.md", markdown)
