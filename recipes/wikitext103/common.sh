@@ -42,6 +42,7 @@ row_flags() {
     *-favor) model_flags+=(--feature-map favor --favor-features $((head_size / 2))) ;;
     *-favor-16) model_flags+=(--feature-map favor --favor-features 16) ;;
     *-dpfp-1*) model_flags+=(--feature-map dpfp --dpfp-nu 1) ;;
+    *-learned) model_flags+=(--feature-map learned) ;;
     esac
     case $row in
     *-attnorm) model_flags+=(--attention-normalization) ;;
