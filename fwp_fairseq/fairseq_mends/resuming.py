@@ -6,11 +6,11 @@ epoch therefore has other batches than one that was never interrupted; in the re
 again and others not at all.
 
 And one that had come to its end does not go on. fairseq looks at --max-update and --stop-time-hours after an update
-only: a training that was killed between its last checkpoint and its end, or is started again, made one more. One that begins with the parameters of another (--finetune-from-model) has a time of its
-own: fairseq counts that of the other one in.
+only: a training that was killed between its last checkpoint and its end, or is started again, made one more. One that
+begins with the parameters of another (--finetune-from-model) has hours of its own: fairseq adds those of the other one.
 
 It can go when fairseq's checkpoints say with which epoch's order their batches were made up, its training loop looks at
-the limits before an update, and --finetune-from-model begins the time with nought.
+the limits before an update, and --finetune-from-model begins the hours anew.
 """
 
 import logging

@@ -23,7 +23,7 @@ from fwp_fairseq.modules.places import CROSS_ATTENTION, DECODER_SELF_ATTENTION, 
 
 logger = logging.getLogger(__name__)
 
-# With which attention begins to learn what softmax attention gives, and a learned feature map, which has furthest to go.
+# With which attention begins to learn what softmax attention gives; a learned feature map has further to go.
 _LEARNING_RATE = 5e-3
 _LEARNING_RATE_OF_FEATURES = 2e-2
 
@@ -115,7 +115,8 @@ class _Pupil:
         self.errors: list[float] = []
         features = list(self.attention.features.parameters())
         others = [parameter for name, parameter in self.attention.named_parameters() if "features." not in name]
-        groups = [{"params": others}, {"params": features, "lr": _LEARNING_RATE_OF_FEATURES}]
+        groups: list[dict[str, Any]] = [{"params": others}]
+        groups.append({"params": features, "lr": _LEARNING_RATE_OF_FEATURES})
         self.optimizer = torch.optim.Adam(groups, _LEARNING_RATE)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, updates)
 
