@@ -151,6 +151,18 @@ def test_a_converted_training_goes_on_from_its_own_checkpoint_and_generates(
     assert "H-0" in fairseq_generate(data=small_corpus.translation, path=tmp_path / "checkpoint_last.pt")
 
 
+def test_the_hours_of_the_checkpoint_that_a_training_begins_with_are_not_its_own(
+    small_corpus: Corpus, parent_of: ParentOf, tmp_path: Path
+) -> None:
+    state = saved(parent_of((*OURS, *SOFTMAX)))
+    state["extra_state"]["previous_training_time"] = 7200.0
+    torch.save(state, tmp_path / "parent.pt")
+    options = {"finetune_from_model": str(tmp_path / "parent.pt"), "convert_attention": True, "conversion_updates": 0}
+    fairseq_train(OURS, data=small_corpus.translation, save_dir=tmp_path, max_update=1, stop_time_hours=1, **options)
+    state = saved(tmp_path / "checkpoint_last.pt")
+    assert state["optimizer_history"][-1]["num_updates"] == 1 and state["extra_state"]["previous_training_time"] < 7200
+
+
 def outputs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(**batch)[0]

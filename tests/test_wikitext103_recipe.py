@@ -233,21 +233,23 @@ def test_the_speed_of_a_training_is_that_of_its_middle_epoch(trained: Path, tmp_
 
 def test_pythons_documentation_is_a_corpus_for_language_models(tmp_path: Path) -> None:
     folder = tmp_path / AWKWARD
-    options = ["--output", folder, "--cpu", "--only", "delta-dpfp-1", "--pieces", 2000, "--window", 4]
-    few = ["--decoder-layers", 1, "--max-update", 2, "--max-valid-steps", 4]
+    options = ["--output", folder, "--cpu", "--only", "softmax converted-sum", "--pieces", 2000, "--window", 4]
+    few = ["--decoder-layers", 1, "--conversion-updates", 2, "--max-update", 2, "--max-valid-steps", 4]
     printed = succeed(RECIPE / "python_docs.sh", *options, "--batch-size", 2048, "--", *few)
     parts = [(folder / "text" / part).read_text().splitlines() for part in ("train", "valid", "test")]
     assert sum(len(line.split()) for part in parts for line in part) > 300_000
     assert len(set().union(*parts)) == sum(map(len, parts))
     table = (folder / "python_docs.md").read_text()
     assert printed.endswith(table)
-    (row,) = (line.split(" | ") for line in table.splitlines()[2:])
-    found = result(folder, "delta-dpfp-1-seed1")
-    assert row[:3] == ["| delta-dpfp-1-seed1", *(f"{found[part]['perplexity_per_word']:.1f}" for part in tables.PARTS)]
-    # A matrix of 32 x 16 in each of 8 heads.
-    assert row[4] == "4,096"
+    _, row = (line.split(" | ") for line in table.splitlines()[2:])
+    found = result(folder, "converted-sum-seed1")
+    assert row[:3] == ["| converted-sum-seed1", *(f"{found[part]['perplexity_per_word']:.1f}" for part in tables.PARTS)]
+    # A matrix of 64 x 16 in each of 8 heads, and what divides what is read of it.
+    assert row[4] == "8,704"
+    log = (folder / "models" / "converted-sum-seed1" / "train.log").read_text()
+    assert re.search(r"\| decoder.layers.\*.self_attn \| .*k_proj.bias.* \| features, features.bias \| - \|", log)
     again = succeed(RECIPE / "python_docs.sh", *options, "--batch-size", 2048, "--", *few)
-    assert again.count("done before") == 4
+    assert again.count("done before") == 6
 
 
 # --- Options ---------------------------------------------------------------------------------------------------------

@@ -6,10 +6,11 @@ epoch therefore has other batches than one that was never interrupted; in the re
 again and others not at all.
 
 And one that had come to its end does not go on. fairseq looks at --max-update and --stop-time-hours after an update
-only: a training that was killed between its last checkpoint and its end, or is started again, made one more.
+only: a training that was killed between its last checkpoint and its end, or is started again, made one more. One that
+begins with the parameters of another (--finetune-from-model) has hours of its own: fairseq adds those of the other one.
 
-It can go when fairseq's checkpoints say with which epoch's order their batches were made up, and its training loop
-looks at the limits before an update.
+It can go when fairseq's checkpoints say with which epoch's order their batches were made up, its training loop looks at
+the limits before an update, and --finetune-from-model begins the hours anew.
 """
 
 import logging
@@ -28,7 +29,9 @@ def install() -> None:
 
     def load_checkpoint(load: Any, cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
         extra_state, epoch_itr = load(cfg, trainer, **passthrough_args)
-        if reason := _why_it_ended(trainer, extra_state):
+        if not trainer.get_num_updates():
+            trainer._previous_training_time = 0
+        if reason := _why_it_ended(trainer):
             logger.info(f"the training has come to its end before: {reason}")
             # No epoch has such a number; 0 stands for no limit.
             trainer.cfg.optimization.max_epoch = -1
@@ -50,12 +53,12 @@ def install() -> None:
     of_trainings("load_checkpoint", load_checkpoint)
 
 
-def _why_it_ended(trainer: Any, extra_state: Any) -> str:
+def _why_it_ended(trainer: Any) -> str:
     limits = trainer.cfg.optimization
     updates = trainer.get_num_updates()
     if 0 < limits.max_update <= updates:
         return f"num_updates: {updates} >= max_update: {limits.max_update}"
-    hours = (extra_state or {}).get("previous_training_time", 0) / 3600
+    hours = trainer._previous_training_time / 3600
     if 0 < limits.stop_time_hours < hours:
         return f"{hours:.3f} hours > stop_time_hours: {limits.stop_time_hours}"
     return ""

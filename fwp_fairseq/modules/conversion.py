@@ -23,8 +23,9 @@ from fwp_fairseq.modules.places import CROSS_ATTENTION, DECODER_SELF_ATTENTION, 
 
 logger = logging.getLogger(__name__)
 
-# With which attention begins to learn what softmax attention gives.
+# With which attention begins to learn what softmax attention gives; a learned feature map has further to go.
 _LEARNING_RATE = 5e-3
+_LEARNING_RATE_OF_FEATURES = 2e-2
 
 
 def check_shapes(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -112,7 +113,11 @@ class _Pupil:
         self.attention = copy.deepcopy(attention).float()
         self.teacher = teacher
         self.errors: list[float] = []
-        self.optimizer = torch.optim.Adam(self.attention.parameters(), _LEARNING_RATE)
+        features = list(self.attention.features.parameters())
+        others = [parameter for name, parameter in self.attention.named_parameters() if "features." not in name]
+        groups: list[dict[str, Any]] = [{"params": others}]
+        groups.append({"params": features, "lr": _LEARNING_RATE_OF_FEATURES})
+        self.optimizer = torch.optim.Adam(groups, _LEARNING_RATE)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, updates)
 
     def __call__(

@@ -5,9 +5,10 @@
 
 # What reads most like softmax attention.
 options=(--rule sum --feature-map learned --key-normalization none --attention-normalization)
+features=(--learned-features 128)
 everywhere=(--encoder-self-attention fast-weight --cross-attention fast-weight)
 # Of the finetuning: its learning rates, one for each epoch, and updates until the first is reached.
-rates=1e-3,3e-4
+rates=1e-3,1e-4
 epochs_after=2
 schedule=(--conversion-updates 100 --warmup-updates 30)
 
@@ -32,7 +33,8 @@ enter_several_runs
 convert() {
     local places=$1
     shift
-    local more=(--finetune-from-model "models/softmax-seed$seed/checkpoint_best.pt" --convert-attention "${schedule[@]}")
+    local more=(--finetune-from-model "models/softmax-seed$seed/checkpoint_best.pt" --convert-attention "${schedule[@]}"
+        "${features[@]}")
     more+=(${extra[@]+"${extra[@]}"})
     "${run[@]}" --model "$places-converted-seed$seed" --seed "$seed" --epochs 1 "${options[@]}" "$@" -- \
         "${more[@]}" --lr 0 --max-update 1
