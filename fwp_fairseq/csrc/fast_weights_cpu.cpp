@@ -1,5 +1,5 @@
 // The CPU kernels, compiled for a baseline that every processor has, for AVX2 with FMA, and those of decoding also for
-// AVX-512 with VNNI; chosen when they run.
+// AVX-512 with VNNI, and products of integers for AMX; chosen when they run.
 
 #include "fast_weights_cpu.h"
 
