@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fairseq import checkpoint_utils
+from fairseq.modules import MultiheadAttention
 from test_good_citizen import generation
 from test_models import generate
 from tiny_models import build_lm, build_translation, places, translation_batch
@@ -171,6 +172,17 @@ def test_attention_in_an_int8_encoder_does_whatever_else_it_is_asked_for():
     causal, _ = attention(x, key=x, value=x, need_weights=False, attn_mask=mask)
     first, _ = attention(x[:1], key=x[:1], value=x[:1], need_weights=False)
     torch.testing.assert_close(causal[:1], first, atol=0.05, rtol=0)
+
+
+def test_attention_in_an_int8_encoder_is_fairseqs_own_where_products_are_of_numbers(monkeypatch):
+    attention = prepared(build_translation, *INT8).encoder.layers[0].self_attn
+    plain, called = MultiheadAttention.forward, []
+    monkeypatch.setattr(MultiheadAttention, "forward", lambda *a, **k: called.append(1) or plain(*a, **k))
+    for dtype, with_gradients in ((torch.float32, False), (torch.float32, True), (torch.float64, False)):
+        x = torch.randn(6, 2, attention.embed_dim, dtype=dtype)
+        with torch.set_grad_enabled(with_gradients):
+            attention.to(dtype)(x, key=x, value=x, need_weights=False)
+    assert len(called) == 2
 
 
 def test_language_models_have_it_and_what_it_does_not_change_is_said(caplog):

@@ -227,9 +227,9 @@ class FWPTransformerDecoder(CapturesSteps, CarriesState, TransformerDecoderBase)
 
     def make_generation_fast_(self, **kwargs: Any) -> None:
         """fairseq calls this of every module of a model that is going to generate."""
-        if self.multiplies_integers():
+        if int8 := self.multiplies_integers():
             self._check_integers()
-        use_few_rows_linear(self, int8=self.multiplies_integers())
+        use_few_rows_linear(self, int8=int8)
 
     def multiplies_integers(self) -> bool:
         """Whether --decoding-weights asks for it."""

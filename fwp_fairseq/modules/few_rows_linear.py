@@ -69,7 +69,7 @@ def _forward(layer: nn.Linear, integers: Optional[Int8Weight], input: Tensor) ->
         return type(layer).forward(layer, input)
     weight, bias = layer.weight, layer.bias
     dense = _is_dense(weight) and (bias is None or _is_dense(bias))
-    if integers is not None and dense and is_worth_it(weight) and _is_for_decoding(input):
+    if integers is not None and dense and is_worth_it(weight) and is_for_decoding(input):
         return integers.linear(input, weight, bias)
     return few_rows_linear(input, weight, bias)
 
@@ -130,10 +130,11 @@ def _plain_parameters(layers: Sequence[Any]) -> Optional[tuple[list[Tensor], lis
 
 
 def _has_few_rows(input: Tensor) -> bool:
-    return input.numel() <= _MOST_ROWS * input.size(-1) and _is_for_decoding(input)
+    return input.numel() <= _MOST_ROWS * input.size(-1) and is_for_decoding(input)
 
 
-def _is_for_decoding(input: Tensor) -> bool:
+def is_for_decoding(input: Tensor) -> bool:
+    """Whether the operators, those of integers too, can multiply it."""
     return (
         input.numel() > 0
         and input.dtype == torch.float32

@@ -11,7 +11,7 @@ from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fwp_fairseq.modules.few_rows_linear import use_few_rows_linear
+from fwp_fairseq.modules.few_rows_linear import is_for_decoding, use_few_rows_linear
 
 # Arguments of attention that are looked at; the others must not be given.
 _TAKEN = ("key", "value", "key_padding_mask", "need_weights")
@@ -29,7 +29,8 @@ def _forward(attention: MultiheadAttention, query: Tensor, *rest: Any, **options
     """As ``MultiheadAttention.forward`` for its arguments: of ``query``, (T, B, C), to itself, without weights."""
     others = [name for name, value in options.items() if name not in _TAKEN and not (value is None or value is False)]
     is_to_itself = options.get("key") is query and options.get("value") is query
-    if rest or others or not is_to_itself or options.get("need_weights", True) or not _is_plain(attention):
+    is_plain = is_to_itself and not (rest or others or options.get("need_weights", True)) and _is_plain(attention)
+    if not (is_plain and is_for_decoding(query)):
         return type(attention).forward(attention, query, *rest, **options)
     tokens, sentences, _ = query.shape
     q, k, v = (

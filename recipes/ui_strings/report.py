@@ -95,9 +95,8 @@ def result_of(model: Path) -> Result:
     from sacrebleu import corpus_chrf
 
     nll, minutes = read_log(model / "train.log")
-    hypotheses, references = translations_of(model)
-    chrf = round(corpus_chrf(hypotheses, [references]).score, 2)
-    bleu = read_output(model / "test.out")[1]
+    translations, bleu = read_output(model / "test.out")
+    chrf = round(corpus_chrf([t.hypothesis for t in translations], [[t.reference for t in translations]]).score, 2)
     return Result(bleu, chrf, nll, round(minutes, 2))
 
 
@@ -117,19 +116,14 @@ def print_samples(model: Path) -> None:
     print(f"\nBLEU = {bleu:.1f}")
 
 
-def translations_of(model: Path) -> tuple[list[str], list[str]]:
-    """What a model made of the test strings, in their order, and what it should have made of them."""
-    translations, _ = read_output(model / "test.out")
-    return [t.hypothesis for t in translations], [t.reference for t in translations]
-
-
 def p_values(baseline: Path, models: Sequence[Path]) -> list[float]:
     """How probable as large a difference in BLEU from ``baseline`` is by chance of the strings (paired bootstrap)."""
     from sacrebleu.metrics import BLEU
     from sacrebleu.significance import PairedTest
 
-    systems: Any = [(str(number), translations_of(model)[0]) for number, model in enumerate([baseline, *models])]
-    references = [translations_of(baseline)[1]]
+    outputs = [read_output(model / "test.out")[0] for model in (baseline, *models)]
+    systems: Any = [(str(number), [t.hypothesis for t in output]) for number, output in enumerate(outputs)]
+    references = [[t.reference for t in outputs[0]]]
     test = PairedTest(systems, {"BLEU": BLEU(references=references)}, None, test_type="bs", n_samples=BOOTSTRAP_SAMPLES)
     scores: Any = test()[1]["BLEU"]
     return [float(found.p_value) for found in scores[1:]]
