@@ -8,66 +8,6 @@
 
 namespace FWP_ISA {
 
-// y[r][o] for ROWS rows r and OUTPUTS outputs o: dot products of rows of x and of w.
-template <class T, int ROWS, int OUTPUTS>
-inline void dot_tile(int64_t inputs, const T* x, int64_t x_row, const T* w, int64_t w_row, const T* bias, T* y, int64_t y_row) {
-    using Vector = typename Simd<T>::type;
-    using Loose = typename Simd<T>::unaligned;
-    constexpr int width = Simd<T>::width;
-    Vector sum[OUTPUTS][ROWS] = {};
-    int64_t i = 0;
-    for (; i + width <= inputs; i += width) {
-        Vector weight[OUTPUTS];
-#pragma GCC unroll 4
-        for (int o = 0; o < OUTPUTS; ++o) {
-            weight[o] = *reinterpret_cast<const Loose*>(w + o * w_row + i);
-            __builtin_prefetch(w + (o + OUTPUTS) * w_row + i);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
-            const Vector value = *reinterpret_cast<const Loose*>(x + r * x_row + i);
-#pragma GCC unroll 4
-            for (int o = 0; o < OUTPUTS; ++o) sum[o][r] += weight[o] * value;
-        }
-    }
-    for (int o = 0; o < OUTPUTS; ++o)
-        for (int r = 0; r < ROWS; ++r) {
-            T lanes[width];
-            *reinterpret_cast<Loose*>(lanes) = sum[o][r];
-#pragma GCC unroll 5
-            for (int half = width / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-                for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-            T total = lanes[0] + (bias ? bias[o] : T(0));
-            for (int64_t rest = i; rest < inputs; ++rest) total += w[o * w_row + rest] * x[r * x_row + rest];
-            y[r * y_row + o] = total;
-        }
-}
-
-template <class T, int OUTPUTS>
-inline void dot_rows(const Linear& p, int64_t output) {
-    constexpr int64_t kTileRows = 5;
-    const T* x = static_cast<const T*>(p.x);
-    const T* w = static_cast<const T*>(p.weight) + output * p.weight_row;
-    const T* bias = p.bias ? static_cast<const T*>(p.bias) + output : nullptr;
-    T* y = static_cast<T*>(p.y) + output;
-    for (int64_t r = 0, tiles = (p.rows + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
-        const int64_t now = (p.rows - r + tiles - 1) / tiles;
-        const auto tile = [&](auto rows) {
-            dot_tile<T, rows.value, OUTPUTS>(
-                p.inputs, x + r * p.inputs, p.inputs, w, p.weight_row, bias, y + r * p.y_row, p.y_row);
-        };
-        switch (now) {
-        case 5: tile(std::integral_constant<int, 5>()); break;
-        case 4: tile(std::integral_constant<int, 4>()); break;
-        case 3: tile(std::integral_constant<int, 3>()); break;
-        case 2: tile(std::integral_constant<int, 2>()); break;
-        default: tile(std::integral_constant<int, 1>());
-        }
-        r += now;
-    }
-}
-
 // Sum i of the result: that of the lanes of sum[i]. Halves of two vectors are interleaved and added until one is left.
 template <class T>
 inline typename Simd<T>::type sums_of_lanes(typename Simd<T>::type (&sum)[Simd<T>::width]) {
@@ -95,43 +35,75 @@ inline typename Simd<T>::type sums_of_lanes(typename Simd<T>::type (&sum)[Simd<T
     return sum[0];
 }
 
-// Four outputs of many rows: of as many at a time as make a vector of sums, then of one.
-template <class T>
-inline void dot_fours(const Linear& p, int64_t output) {
+// y[r][o] for ROWS rows r and OUTPUTS outputs o: dot products of rows of x and of w.
+template <class T, int ROWS, int OUTPUTS>
+inline void dot_tile(int64_t inputs, const T* x, int64_t x_row, const T* w, int64_t w_row, const T* bias, T* y, int64_t y_row) {
     using Vector = typename Simd<T>::type;
     using Loose = typename Simd<T>::unaligned;
-    constexpr int width = Simd<T>::width, outputs = 4, tile_rows = width / outputs;
+    constexpr int width = Simd<T>::width;
+    Vector sum[ROWS * OUTPUTS] = {};
+    int64_t i = 0;
+    for (; i + width <= inputs; i += width) {
+        Vector weight[OUTPUTS];
+#pragma GCC unroll 4
+        for (int o = 0; o < OUTPUTS; ++o) {
+            weight[o] = *reinterpret_cast<const Loose*>(w + o * w_row + i);
+            // Many rows take several tiles: it would come too early, and in the place of what they need.
+            if (ROWS * OUTPUTS != width) __builtin_prefetch(w + (o + OUTPUTS) * w_row + i);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+            const Vector value = *reinterpret_cast<const Loose*>(x + r * x_row + i);
+#pragma GCC unroll 4
+            for (int o = 0; o < OUTPUTS; ++o) sum[r * OUTPUTS + o] += weight[o] * value;
+        }
+    }
+    T total[ROWS * OUTPUTS];
+    if constexpr (ROWS * OUTPUTS == width) {
+        *reinterpret_cast<Loose*>(total) = sums_of_lanes<T>(sum);
+    } else {
+        for (int n = 0; n < ROWS * OUTPUTS; ++n) {
+            T lanes[width];
+            *reinterpret_cast<Loose*>(lanes) = sum[n];
+#pragma GCC unroll 5
+            for (int half = width / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+                for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+            total[n] = lanes[0];
+        }
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int o = 0; o < OUTPUTS; ++o) {
+            T own = total[r * OUTPUTS + o] + (bias ? bias[o] : T(0));
+            for (int64_t rest = i; rest < inputs; ++rest) own += w[o * w_row + rest] * x[r * x_row + rest];
+            y[r * y_row + o] = own;
+        }
+}
+
+// Rows are dealt out evenly, or, where a full tile makes one vector of sums, to as many of these as there are.
+template <class T, int OUTPUTS, int TILE_ROWS = 5>
+inline void dot_rows(const Linear& p, int64_t output) {
+    constexpr bool is_full = TILE_ROWS * OUTPUTS == Simd<T>::width;
     const T* x = static_cast<const T*>(p.x);
     const T* w = static_cast<const T*>(p.weight) + output * p.weight_row;
     const T* bias = p.bias ? static_cast<const T*>(p.bias) + output : nullptr;
     T* y = static_cast<T*>(p.y) + output;
-    int64_t row = 0;
-    for (; tile_rows > 0 && row + tile_rows <= p.rows; row += tile_rows) {
-        Vector sum[width] = {};
-        int64_t i = 0;
-        for (; i + width <= p.inputs; i += width) {
-            Vector weight[outputs];
-#pragma GCC unroll 4
-            for (int o = 0; o < outputs; ++o) weight[o] = *reinterpret_cast<const Loose*>(w + o * p.weight_row + i);
-#pragma GCC unroll 4
-            for (int r = 0; r < tile_rows; ++r) {
-                const Vector value = *reinterpret_cast<const Loose*>(x + (row + r) * p.inputs + i);
-#pragma GCC unroll 4
-                for (int o = 0; o < outputs; ++o) sum[r * outputs + o] += weight[o] * value;
-            }
+    for (int64_t r = 0, tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS; tiles > 0; --tiles) {
+        const int64_t now = is_full ? std::min<int64_t>(TILE_ROWS, p.rows - r) : (p.rows - r + tiles - 1) / tiles;
+        const auto tile = [&](auto rows) {
+            if constexpr (rows.value <= TILE_ROWS)
+                dot_tile<T, rows.value, OUTPUTS>(
+                    p.inputs, x + r * p.inputs, p.inputs, w, p.weight_row, bias, y + r * p.y_row, p.y_row);
+        };
+        switch (now) {
+        case 5: tile(std::integral_constant<int, 5>()); break;
+        case 4: tile(std::integral_constant<int, 4>()); break;
+        case 3: tile(std::integral_constant<int, 3>()); break;
+        case 2: tile(std::integral_constant<int, 2>()); break;
+        default: tile(std::integral_constant<int, 1>());
         }
-        T total[width];
-        *reinterpret_cast<Loose*>(total) = sums_of_lanes<T>(sum);
-        for (int r = 0; r < tile_rows; ++r)
-            for (int o = 0; o < outputs; ++o) {
-                T own = total[r * outputs + o] + (bias ? bias[o] : T(0));
-                for (int64_t rest = i; rest < p.inputs; ++rest)
-                    own += w[o * p.weight_row + rest] * x[(row + r) * p.inputs + rest];
-                y[(row + r) * p.y_row + o] = own;
-            }
+        r += now;
     }
-    for (; row < p.rows; ++row)
-        dot_tile<T, 1, outputs>(p.inputs, x + row * p.inputs, p.inputs, w, p.weight_row, bias, y + row * p.y_row, p.y_row);
 }
 
 template <class T>
@@ -139,8 +111,9 @@ void linear(const Linear& p, int64_t begin, int64_t end) {
     int64_t output = begin;
     // From then on arithmetic takes longer than reading W, and sums of lanes as long as what is summed.
     constexpr int64_t kManyRows = 4;
-    if (p.rows >= kManyRows && Simd<T>::width >= 8)
-        for (; output + 4 <= end; output += 4) dot_fours<T>(p, output);
+    if constexpr (Simd<T>::width >= 8)
+        if (p.rows >= kManyRows)
+            for (; output + 4 <= end; output += 4) dot_rows<T, 4, Simd<T>::width / 4>(p, output);
     if (p.rows <= 2)
         for (; output + 4 <= end; output += 4) dot_rows<T, 4>(p, output);
     for (; output + 2 <= end; output += 2) dot_rows<T, 2>(p, output);
