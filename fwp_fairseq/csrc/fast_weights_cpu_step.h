@@ -17,6 +17,18 @@ T smallest_divisor() { return std::sqrt(std::numeric_limits<T>::min()); }
 template <class T>
 T inverse_of(T total) { return total > smallest_divisor<T>() ? 1 / total : T(0); }
 
+template <class T>
+T sum_of(const T* x, int64_t count) {
+    constexpr int width = Simd<T>::width;
+    typename Simd<T>::type sums = {};
+    T total = 0;
+    int64_t i = 0;
+    for (; i + width <= count; i += width) sums += *reinterpret_cast<const typename Simd<T>::unaligned*>(x + i);
+    for (; i < count; ++i) total += x[i];
+    for (int lane = 0; lane < width; ++lane) total += sums[lane];
+    return total;
+}
+
 // softmax([p; -p]) for p in the first half of `x`.
 template <class T>
 void softmax_of_both_signs(T* x, int64_t half) {
@@ -71,9 +83,7 @@ void address(const Features& f, const T* x, T* out, T* scratch) {
     }
     T divisor = 1;
     if (f.normalization == KeyNormalization::sum) {
-        divisor = 0;
-        for (int64_t i = 0; i < f.dk; ++i) divisor += out[i];
-        divisor = std::max(divisor, smallest_divisor<T>());
+        divisor = std::max(sum_of(out, f.dk), smallest_divisor<T>());
     } else if (f.normalization == KeyNormalization::l2) {
         // Squares of small features would be below the floor.
         T largest = smallest_divisor<T>();
