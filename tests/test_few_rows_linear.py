@@ -37,6 +37,17 @@ def test_the_operator_is_a_linear_layer_of_any_shape(rows, inputs, outputs, bias
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_has_the_same_bits_whatever_stands_beside_it(dtype):
+    torch.manual_seed(1)
+    x, weight = torch.randn(14, 70, dtype=dtype), torch.randn(39, 70, dtype=dtype)
+    alone = torch.cat([native.few_rows_linear(row, weight, None) for row in x.split(1)])
+    for rows in range(2, len(x)):
+        assert native.few_rows_linear(x[:rows], weight, None).equal(alone[:rows])
+        assert native.few_rows_linear(x, weight[:rows], None).equal(alone[:, :rows])
+
+
+@needs_native
 def test_the_operator_takes_parts_of_a_matrix_and_uses_all_threads_with_the_same_bits():
     torch.manual_seed(1)
     joint, x = torch.randn(1000, 520), torch.randn(5, 512)

@@ -1,10 +1,9 @@
 // x W^T + bias for few rows of x. Included like fast_weights_cpu_kernels.h, after it.
 //
 // W has to come from memory for every token, so a call is as fast as that when the multiply-adds keep up: every vector
-// of W is loaded once and meets a group of rows. For one or two rows four rows of W are read side by side: the more of
-// them, the less each waits for memory. From four rows on so many sums are computed together that they make one vector
-// (four outputs of two rows with AVX2, of four with AVX-512), since adding up the lanes of each takes as long as all of
-// its multiply-adds. More rows take their turns while the four rows of W are in the first cache.
+// of W is loaded once and meets a group of rows, and four rows of W are read side by side: the more of them, the less each
+// waits for memory. Further rows take their turns while these are in the first cache. The lanes of as many sums as a
+// vector has are added up together, which otherwise takes as long as all multiply-adds.
 
 namespace FWP_ISA {
 
@@ -36,42 +35,32 @@ inline typename Simd<T>::type sums_of_lanes(typename Simd<T>::type (&sum)[Simd<T
 }
 
 // y[r][o] for ROWS rows r and OUTPUTS outputs o: dot products of rows of x and of w.
-template <class T, int ROWS, int OUTPUTS>
+// If it READS_AHEAD, the next rows of w come from memory meanwhile.
+template <class T, int ROWS, int OUTPUTS, bool READS_AHEAD>
 inline void dot_tile(int64_t inputs, const T* x, int64_t x_row, const T* w, int64_t w_row, const T* bias, T* y, int64_t y_row) {
     using Vector = typename Simd<T>::type;
     using Loose = typename Simd<T>::unaligned;
     constexpr int width = Simd<T>::width;
-    Vector sum[ROWS * OUTPUTS] = {};
+    constexpr int groups = (ROWS * OUTPUTS + width - 1) / width;
+    Vector sum[groups][width] = {};
     int64_t i = 0;
     for (; i + width <= inputs; i += width) {
         Vector weight[OUTPUTS];
 #pragma GCC unroll 4
         for (int o = 0; o < OUTPUTS; ++o) {
             weight[o] = *reinterpret_cast<const Loose*>(w + o * w_row + i);
-            // Many rows take several tiles: it would come too early, and in the place of what they need.
-            if (ROWS * OUTPUTS != width) __builtin_prefetch(w + (o + OUTPUTS) * w_row + i);
+            if (READS_AHEAD) __builtin_prefetch(w + (o + OUTPUTS) * w_row + i);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             const Vector value = *reinterpret_cast<const Loose*>(x + r * x_row + i);
 #pragma GCC unroll 4
-            for (int o = 0; o < OUTPUTS; ++o) sum[r * OUTPUTS + o] += weight[o] * value;
+            for (int o = 0; o < OUTPUTS; ++o) sum[(r * OUTPUTS + o) / width][(r * OUTPUTS + o) % width] += weight[o] * value;
         }
     }
-    T total[ROWS * OUTPUTS];
-    if constexpr (ROWS * OUTPUTS == width) {
-        *reinterpret_cast<Loose*>(total) = sums_of_lanes<T>(sum);
-    } else {
-        for (int n = 0; n < ROWS * OUTPUTS; ++n) {
-            T lanes[width];
-            *reinterpret_cast<Loose*>(lanes) = sum[n];
-#pragma GCC unroll 5
-            for (int half = width / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-                for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-            total[n] = lanes[0];
-        }
-    }
+    T total[groups * width];
+#pragma GCC unroll 4
+    for (int n = 0; n < groups; ++n) *reinterpret_cast<Loose*>(total + n * width) = sums_of_lanes<T>(sum[n]);
     for (int r = 0; r < ROWS; ++r)
         for (int o = 0; o < OUTPUTS; ++o) {
             T own = total[r * OUTPUTS + o] + (bias ? bias[o] : T(0));
@@ -80,22 +69,25 @@ inline void dot_tile(int64_t inputs, const T* x, int64_t x_row, const T* w, int6
         }
 }
 
-// Rows are dealt out evenly, or, where a full tile makes one vector of sums, to as many of these as there are.
-template <class T, int OUTPUTS, int TILE_ROWS = 5>
+// Of OUTPUTS outputs, all rows, dealt out evenly to tiles.
+template <class T, int OUTPUTS>
 inline void dot_rows(const Linear& p, int64_t output) {
-    constexpr bool is_full = TILE_ROWS * OUTPUTS == Simd<T>::width;
+    // With four outputs, as many sums as there are registers for.
+    constexpr int kTileRows = FWP_VECTOR_BYTES == 64 ? 6 : 2;
     const T* x = static_cast<const T*>(p.x);
     const T* w = static_cast<const T*>(p.weight) + output * p.weight_row;
     const T* bias = p.bias ? static_cast<const T*>(p.bias) + output : nullptr;
     T* y = static_cast<T*>(p.y) + output;
-    for (int64_t r = 0, tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS; tiles > 0; --tiles) {
-        const int64_t now = is_full ? std::min<int64_t>(TILE_ROWS, p.rows - r) : (p.rows - r + tiles - 1) / tiles;
+    for (int64_t r = 0, tiles = (p.rows + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+        const int64_t now = (p.rows - r + tiles - 1) / tiles;
         const auto tile = [&](auto rows) {
-            if constexpr (rows.value <= TILE_ROWS)
-                dot_tile<T, rows.value, OUTPUTS>(
-                    p.inputs, x + r * p.inputs, p.inputs, w, p.weight_row, bias, y + r * p.y_row, p.y_row);
+            if constexpr (rows.value <= kTileRows) {
+                const auto turn = r == 0 ? dot_tile<T, rows.value, OUTPUTS, true> : dot_tile<T, rows.value, OUTPUTS, false>;
+                turn(p.inputs, x + r * p.inputs, p.inputs, w, p.weight_row, bias, y + r * p.y_row, p.y_row);
+            }
         };
         switch (now) {
+        case 6: tile(std::integral_constant<int, 6>()); break;
         case 5: tile(std::integral_constant<int, 5>()); break;
         case 4: tile(std::integral_constant<int, 4>()); break;
         case 3: tile(std::integral_constant<int, 3>()); break;
@@ -109,15 +101,8 @@ inline void dot_rows(const Linear& p, int64_t output) {
 template <class T>
 void linear(const Linear& p, int64_t begin, int64_t end) {
     int64_t output = begin;
-    // From then on arithmetic takes longer than reading W, and sums of lanes as long as what is summed.
-    constexpr int64_t kManyRows = 4;
-    if constexpr (Simd<T>::width >= 8)
-        if (p.rows >= kManyRows)
-            for (; output + 4 <= end; output += 4) dot_rows<T, 4, Simd<T>::width / 4>(p, output);
-    if (p.rows <= 2)
-        for (; output + 4 <= end; output += 4) dot_rows<T, 4>(p, output);
-    for (; output + 2 <= end; output += 2) dot_rows<T, 2>(p, output);
-    if (output < end) dot_rows<T, 1>(p, output);
+    for (; output + 4 <= end; output += 4) dot_rows<T, 4>(p, output);
+    for (; output < end; ++output) dot_rows<T, 1>(p, output);
 }
 
 }  // namespace FWP_ISA
