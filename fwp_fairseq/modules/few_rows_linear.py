@@ -21,7 +21,7 @@ from fwp_fairseq.modules.int8_linear import Int8Weight, is_worth_it
 from fwp_fairseq.ops import native
 
 # With more rows all are bound by arithmetic, and the BLAS is as good.
-_MOST_ROWS = 64
+_MOST_ROWS = 48
 
 
 def few_rows_linear(input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
