@@ -4,6 +4,8 @@
 # Translate with the models of these names, or with all that train.sh has finished, and print tokenised BLEU with compounds
 # split, as the literature has it, and sacreBLEU of the detokenised text with its signature. What is done already is not
 # done again.
+#
+# Takes some minutes for each model, on two cores too (by estimate).
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
