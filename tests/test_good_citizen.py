@@ -328,6 +328,7 @@ CHANGES = {
     "cross_update_rule": ("gated",),
     "cross_feature_map": ("elu",),
     "cross_attention_normalization": (),
+    "encoder_reading": ("two-directions",),
     "no_attention_bias": (),
     **{
         option.name: () if option.type is bool else (str(another_value(option)),)

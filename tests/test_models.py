@@ -332,7 +332,17 @@ def test_wrong_encoder_heads_are_refused_under_the_encoder_s_flag():
         build_translation("--encoder-attention-heads", "3", *ALL)
 
 
-@pytest.mark.parametrize("option", ["update_rule", "feature_map", "key_normalization", "cross_attention"])
+def test_two_directions_need_an_even_number_of_heads_where_they_are_read_in():
+    flags = ["--encoder-reading", "two-directions", "--encoder-embed-dim", "9"]
+    flags += ["--encoder-attention-heads", "3", "--decoder-attention-heads", "3"]
+    with pytest.raises(ValueError, match="--encoder-attention-heads is 3, it must be even with --encoder-reading two-"):
+        build_translation(*flags, *ALL)
+    build_translation(*flags)
+
+
+@pytest.mark.parametrize(
+    "option", ["update_rule", "feature_map", "key_normalization", "cross_attention", "encoder_reading"]
+)
 def test_unknown_choices_are_refused(option, capsys):
     flag = "--" + option.replace("_", "-")
     with pytest.raises(SystemExit):

@@ -12,6 +12,7 @@ from registered import UNBOUNDED_RULES, another_value
 from tiny_models import build_lm, build_translation, places, tokens, translation_batch
 from torch import Tensor
 
+from fwp_fairseq.modules.fast_weight_config import ENCODER_READINGS
 from fwp_fairseq.modules.stages import STAGES
 from fwp_fairseq.onnx_export.graph import CannotExport
 from fwp_fairseq.onnx_export.model_graphs import ModelGraphs
@@ -97,12 +98,15 @@ def test_every_rule_and_map_in_all_places_is_what_fairseq_computes(rule: str, fe
 @pytest.mark.parametrize("rule", RULES)
 def test_every_form_of_the_recurrence_is_what_fairseq_computes(rule: str, form: str) -> None:
     for more in ([], ["--attention-normalization"]):
-        assert_same_translation(build_translation("--update-rule", rule, *places("fast-weight"), *more), form)
+        for reading in ENCODER_READINGS:
+            flags = "--update-rule", rule, "--encoder-reading", reading, *places("fast-weight"), *more
+            assert_same_translation(build_translation(*flags), form)
 
 
 @pytest.mark.parametrize("options", STAGED, ids=" ".join)
 def test_every_stage_is_what_fairseq_computes(options: list[str]) -> None:
     assert_same_translation(build_translation(*options, *places("fast-weight")))
+    assert_same_translation(build_translation(*options, *places("fast-weight"), "--encoder-reading", "two-directions"))
     assert_same_translation(build_translation(*options))
 
 

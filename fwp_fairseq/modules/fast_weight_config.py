@@ -53,6 +53,8 @@ _Choices = make_dataclass(
     bases=(FairseqDataclass,),
 )
 
+ENCODER_READINGS = ("whole", "two-directions")
+
 # Options that a place can have another value of, and the places that each prefix stands for.
 _BY_PLACE = ("update_rule", "feature_map", "attention_normalization")
 _PREFIXES: dict[str, tuple[str, ...]] = {
@@ -95,6 +97,13 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
     )
     cross_attention_normalization: bool = field(
         default=False, metadata={"help": "--attention-normalization in cross-attention only"}
+    )
+    encoder_reading: ChoiceEnum(list(ENCODER_READINGS)) = field(  # type: ignore[valid-type]
+        default="whole",
+        metadata={
+            "help": "fast weights in the encoder are read when all tokens are written, or, two-directions, after each, "
+            "by half of the heads from left to right and by the others from right to left"
+        },
     )
     no_attention_bias: bool = field(
         default=False, metadata={"help": "no biases in the projections of fast-weight attention"}
@@ -166,6 +175,8 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
             reason = self._why_without_effect(prefix, name, places)
             if reason is not None:
                 reasons[prefix + name] = reason
+        if ENCODER_SELF_ATTENTION not in places:
+            reasons["encoder_reading"] = "the encoder has no fast weights"
         if not self.convert_attention:
             reasons["conversion_updates"] = "there is no --convert-attention"
         if set(places) == {ENCODER_SELF_ATTENTION}:
@@ -216,12 +227,18 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
         combinations that are allowed but known to diverge or to hurt.
         """
         _check_choice("--key-normalization", self.key_normalization, KEY_NORMALIZATIONS)
+        _check_choice("--encoder-reading", self.encoder_reading, ENCODER_READINGS)
         for name in ("log_memory", "conversion_updates"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{_flag(name)} is {getattr(self, name)}, it must be at least 0")
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(
                 f"--{place}-attention-heads is {num_heads}, it must divide --{place}-embed-dim, which is {embed_dim}"
+            )
+        if place == "encoder" and str(self.encoder_reading) == "two-directions" and num_heads % 2:
+            raise ValueError(
+                f"--encoder-attention-heads is {num_heads}, it must be even with --encoder-reading two-directions, "
+                "which takes half of them for each"
             )
         for option in (*self.map.options, *self.rule.options):
             option.check(getattr(self, option.name), embed_dim // num_heads, "head size", f" in the {place}")
