@@ -67,15 +67,15 @@ class FastWeightAttention(AttentionWithState):
     ) -> None:
         super().__init__()
         config = config or FastWeightConfig()
-        config.check(embed_dim, num_heads, "decoder" if causal or self.encoder_decoder_attention else "encoder")
+        in_encoder = not (causal or self.encoder_decoder_attention)
+        config.check(embed_dim, num_heads, "encoder" if in_encoder else "decoder")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
         self.causal = causal
-        of_encoder = not causal and not self.encoder_decoder_attention
-        self.two_directions = of_encoder and str(config.encoder_reading) == "two-directions"
+        self.two_directions = in_encoder and str(config.encoder_reading) == "two-directions"
         self.update_rule = config.rule.name
         self.backend = str(config.fast_weight_backend)
         self.attention_normalization = config.attention_normalization
