@@ -180,7 +180,9 @@ class FastWeightAttention(AttentionWithState):
         more (causal attention that goes on from a state), and with a bound on the memory (FWM).
         """
         if attn_mask is not None and not self.causal:
-            raise ValueError("fast weights cannot hide one token from one query: an attn_mask needs softmax attention here")
+            raise ValueError(
+                "fast weights cannot hide one token from one query: an attn_mask needs softmax attention here"
+            )
         weights_wanted = (need_weights or need_head_weights) and self.gives_weights
         read, weights, tokens = self._attend(query, key, value, key_padding_mask, incremental_state, weights_wanted)
         if weights is not None:
