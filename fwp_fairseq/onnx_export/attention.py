@@ -173,10 +173,10 @@ class FastWeightsInTwoDirections(FastWeights):
     def __call__(self, query: Tensor, *_: Any, key_padding_mask: Optional[Tensor] = None, **__: Any) -> Any:
         x = query.transpose(0, 1)
         k, v, gates = self.keys_and_gates(x, key_padding_mask)
-        q, k, v = (self._turned(x) for x in (*self._features(self.queries(x, key_padding_mask), k), v))
+        q, k = self._features(self.queries(x, key_padding_mask), k)
         each_head = torch.ones(self.attention.num_heads)
-        gates = Gates(*(None if gate is None else self._turned(gate * each_head) for gate in gates))
-        read, _ = self.recurrence.causal(q, k, v, gates)
+        turned = Gates(*(None if gate is None else self._turned(gate * each_head) for gate in gates))
+        read = self.recurrence.causal(self._turned(q), self._turned(k), self._turned(v), turned)[0]
         return self.put_out(self._turned(read), x), None
 
     def _turned(self, x: Tensor) -> Tensor:
