@@ -69,12 +69,21 @@ def begin(flags: Flags, data: Path, folder: Path, parent: Path, **given: Any) ->
     [
         ((*OURS, *SOFTMAX), (*OURS, *EVERYWHERE, "--update-rule", "gated-delta", *BOTH_WAYS), "separate"),
         ((*OURS, *SOFTMAX), (*OURS, "--short-convolution", 2, "--no-attention-bias"), "separate"),
+        ((*OURS, *SOFTMAX), (*OURS, *EVERYWHERE, "--cross-softmax-layers", 2), "separate"),
         ((*OURS, *places("fast-weight", "decoder-self-attention")), (*OURS, *EVERYWHERE), "separate"),
         (FAIRSEQS, (*OURS, *EVERYWHERE, "--feature-map", "favor"), "fused"),
         (FAIRSEQS_LM, OUR_LM, "separate"),
         (FAIRSEQS_LM, (*OUR_LM, "--feature-map", "elu", "--update-rule", "sum"), "fused"),
     ],
-    ids=["ours", "other parts", "one place more", "fairseq's of old", "fairseq's lm", "fairseq's lm of old"],
+    ids=[
+        "ours",
+        "other parts",
+        "but a layer",
+        "one place more",
+        "fairseq's of old",
+        "fairseq's lm",
+        "fairseq's lm of old",
+    ],
 )
 def test_what_fits_is_the_checkpoint_s_and_what_is_new_the_model_s(
     small_corpus: Corpus, parent_of: ParentOf, tmp_path: Path, parent: Flags, flags: Flags, kind: str

@@ -62,10 +62,15 @@ def differing(trained: dict[str, Any], overrides: dict[str, Any]) -> str:
             {"encoder_reading": "two-directions"},
             "--encoder-reading whole, and this model has --encoder-reading two-directions",
         ),
+        (
+            {"cross_attention": "fast-weight", "cross_softmax_layers": "1"},
+            {"cross_softmax_layers": "2"},
+            "--cross-softmax-layers 1, and this model has --cross-softmax-layers 2",
+        ),
         # What is not in use makes no difference, nor does the way of computing it.
         ({}, {}, ""),
         ({}, {"dpfp_nu": 2, "favor_features": 3, "whole_memory_update_rule": "sum"}, ""),
-        ({}, {"encoder_reading": "two-directions"}, ""),
+        ({}, {"encoder_reading": "two-directions", "cross_softmax_layers": "2"}, ""),
         ({}, {"fast_weight_backend": "loop", "dropout": 0.9}, ""),
         ({"update_rule": "sum"}, {"write_strength_bias": True, "write_strength_range": 0.5}, ""),
         ({"write_strength_range": 2}, {"write_strength_range": 2.0}, ""),

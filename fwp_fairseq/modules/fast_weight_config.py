@@ -98,6 +98,13 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
     cross_attention_normalization: bool = field(
         default=False, metadata={"help": "--attention-normalization in cross-attention only"}
     )
+    cross_softmax_layers: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "numbers of decoder layers, such as 2,6, that have softmax in cross-attention where others have "
+            "fast weights"
+        },
+    )
     encoder_reading: ChoiceEnum(list(ENCODER_READINGS)) = field(  # type: ignore[valid-type]
         default="whole",
         metadata={
@@ -165,6 +172,24 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
                 chosen.update({name: value for name in _BY_PLACE if (value := getattr(self, prefix + name))})
         return replace(self, **chosen)
 
+    def layers_with_softmax(self, layers: int) -> set[int]:
+        """Which of a decoder's ``layers``, counted from 1, have softmax in cross-attention all the same.
+
+        Raises ValueError for those that there are not, and for all of them.
+        """
+        if not self.cross_softmax_layers:
+            return set()
+        try:
+            chosen = {int(number) for number in self.cross_softmax_layers.split(",")}
+        except ValueError:
+            chosen = {0}
+        if not chosen < {*range(1, layers + 1)}:
+            raise ValueError(
+                f"--cross-softmax-layers is {self.cross_softmax_layers}, allowed are some of the numbers 1 to "
+                f"{layers}, with commas between them, but not all: that is --cross-attention softmax"
+            )
+        return chosen
+
     def without_effect(self, places: Collection[str]) -> dict[str, str]:
         """Options that change nothing in a model with fast weights in these places, and why."""
         options = [option.name for option in fields(self) if option.name not in ("_name", "cpu")]
@@ -175,6 +200,8 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
             reason = self._why_without_effect(prefix, name, places)
             if reason is not None:
                 reasons[prefix + name] = reason
+        if CROSS_ATTENTION not in places:
+            reasons["cross_softmax_layers"] = "cross-attention has no fast weights"
         if ENCODER_SELF_ATTENTION not in places:
             reasons["encoder_reading"] = "the encoder has no fast weights"
         if not self.convert_attention:

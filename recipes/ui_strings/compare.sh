@@ -35,6 +35,7 @@ configurations=(
     "delta, dpfp-1, convolution | all three places | conv-delta-all | $delta_dpfp $everywhere $convolution"
     "delta, dpfp-1, convolution; cross-attention sum, attention normalisation | all three places | conv-delta-sum-all | $delta_dpfp $everywhere $convolution $sum_cross"
     "gated delta, dpfp-1, convolution, two directions in the encoder; cross-attention sum, attention normalisation | all three places | two-directions-all | $gated_dpfp $everywhere $convolution $sum_cross $two_directions"
+    "gated delta, dpfp-1, convolution, two directions in the encoder; cross-attention sum, attention normalisation, in the last layer softmax | all three places | two-directions-last-cross | $gated_dpfp $everywhere $convolution $sum_cross $two_directions --cross-softmax-layers 2"
 )
 
 usage() {
