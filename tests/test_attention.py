@@ -1,9 +1,11 @@
 """FastWeightAttention behaves as fairseq expects of an attention module, for every combination that is allowed."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import backends
 from registered import UNBOUNDED_RULES, another_value
 
 from fwp_fairseq.modules import FastWeightAttention, FastWeightConfig, FastWeightCrossAttention
@@ -74,6 +76,18 @@ def build(config: FastWeightConfig, kind: type[FastWeightAttention] = FastWeight
 
 def build_cross(config: FastWeightConfig) -> FastWeightCrossAttention:
     return build(config, FastWeightCrossAttention)
+
+
+READINGS = ("causal", "whole", "two-directions", "cross")
+
+
+def build_reading(config: FastWeightConfig, reading: str) -> FastWeightAttention:
+    """Attention that reads in one of READINGS."""
+    if reading == "cross":
+        return build_cross(config)
+    if reading == "two-directions":
+        config = replace(config, encoder_reading=reading)
+    return build(config, causal=reading == "causal")
 
 
 def inputs(length: int, batch: int = 3, seed: int = 1) -> torch.Tensor:
@@ -149,10 +163,10 @@ def test_causal_attention_does_not_see_the_future(config):
 
 @every_config
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("reading", READINGS[:3])
 @torch.no_grad()
-def test_padding_is_a_no_op(config, causal, side):
-    attention = build(config, causal=causal)
+def test_padding_is_a_no_op(config, reading, side):
+    attention = build_reading(config, reading)
     x = inputs(7)
     padding = torch.zeros(3, 7, dtype=torch.bool)
     for row, padded in enumerate((0, 2, 5)):
@@ -277,8 +291,8 @@ def test_reordered_rows_go_on_from_the_history_they_were_given(config):
 
 @every_config
 def test_gradients_reach_every_parameter_and_are_finite(config):
-    for reading in ({"causal": True}, {}):
-        attention = build(config, **reading).train()
+    for reading in READINGS[:3]:
+        attention = build_reading(config, reading).train()
         x = inputs(6).requires_grad_()
         attention(x, x, x)[0].square().sum().backward()
         for name, parameter in [*attention.named_parameters(), ("x", x)]:
@@ -305,6 +319,29 @@ def test_attention_is_composed_of_projections_features_rule_and_operator():
     whole.load_state_dict(attention.state_dict())
     expected = attention.out_proj(memory.permute(2, 0, 1, 3).reshape(5, 3, WIDTH))
     torch.testing.assert_close(whole(x, x, x)[0], expected)
+
+
+@backends()
+def test_two_directions_are_causal_attention_to_the_words_and_to_those_in_reverse(backend):
+    """Each with half of the heads; values and gradients, against the token loop."""
+    kinds = {(c.update_rule, c.attention_normalization): c for c in CONFIGS if not c.short_convolution}
+    for config in kinds.values():
+        if not allowed(with_backend := replace(config, fast_weight_backend=backend)):
+            continue
+        both = build_reading(with_backend, "two-directions")
+        causal = build(replace(config, fast_weight_backend="loop"), causal=True)
+        assert both.load_state_dict(causal.state_dict())
+        causal.out_proj = torch.nn.Identity()
+        x, half = inputs(5), WIDTH // 2
+        read = torch.cat([causal(x, x, x)[0][..., :half], causal(*[x.flip(0)] * 3)[0].flip(0)[..., half:]], dim=-1)
+        expected, found = both.out_proj(read), both(x, x, x)[0]
+        torch.testing.assert_close(found, expected)
+        wanted = [name for name, _ in causal.named_parameters()]
+        gradients = (
+            torch.autograd.grad(out.sin().sum(), [module.get_parameter(name) for name in wanted])
+            for out, module in ((found, both), (expected, causal))
+        )
+        torch.testing.assert_close(*gradients)
 
 
 def test_tokens_before_the_first_query_are_written_first():

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from fairseq.modules import MultiheadAttention
-from test_attention import WIDTH, build, build_cross, inputs
+from test_attention import READINGS, WIDTH, build_reading, inputs
 from tiny_models import build_lm, tokens
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,13 +21,12 @@ CONFIGS = {
     "fwm": {"feature_map": "tanh", "key_normalization": "none"},
 }
 every_rule = pytest.mark.parametrize("rule", CONFIGS)
-every_reading = pytest.mark.parametrize("reading", ["causal", "whole", "cross"])
+every_reading = pytest.mark.parametrize("reading", READINGS)
 
 
 def make(rule: str, reading: str, backend: str = "auto") -> FastWeightAttention:
     options: Any = {"update_rule": rule, "fast_weight_backend": backend, "favor_features": 5, **CONFIGS[rule]}
-    config = FastWeightConfig(**options)
-    return build_cross(config) if reading == "cross" else build(config, causal=reading == "causal")
+    return build_reading(FastWeightConfig(**options), reading)
 
 
 @every_rule
@@ -151,6 +150,7 @@ class Sentences(nn.Module):
     [
         ("gated-delta", "causal", "chunk", False),
         ("gated-delta", "causal", "auto", True),
+        ("gated-delta", "two-directions", "auto", False),
         ("delta", "cross", "auto", True),
     ],
 )
@@ -185,7 +185,7 @@ def test_empty_cross_attention_has_the_gradients_of_softmax(rule, backend, queri
 
 
 @pytest.mark.parametrize("length, batch", [(3, 0), (0, 2), (1, 0)])
-@pytest.mark.parametrize("reading", ["causal", "whole"])
+@pytest.mark.parametrize("reading", READINGS[:3])
 @every_rule
 def test_empty_self_attention_has_gradients_of_zero(rule, reading, length, batch):
     attention, x = make(rule, reading), inputs(length, batch).requires_grad_()

@@ -135,6 +135,7 @@ MODELS = {
     "all places": places("fast-weight", *PLACES),
     "attention normalisation": [*places("fast-weight", *PLACES), "--update-rule", "sum", "--feature-map", "elu"]
     + ["--attention-normalization"],
+    "softmax in one layer": [*places("fast-weight", *PLACES), "--cross-softmax-layers", "1"],
     "stages": [*places("fast-weight", *PLACES), "--short-convolution", "3", "--output-gate", "--read-layer-norm"],
     "gated delta": ["--update-rule", "gated-delta", "--decoder-learned-pos"],
     "learned": ["--update-rule", "gated-delta", "--feature-map", "learned"],
@@ -383,7 +384,8 @@ def test_nothing_of_a_step_outlives_its_search(graphs, monkeypatch):
 
     def note(step, *args):
         made(step, *args)
-        kept.extend(weakref.ref(x) for x in (step, step.graph, *step._left[0].values(), *step._sources))
+        of_sources = sum(step._sources.values(), [])
+        kept.extend(weakref.ref(x) for x in (step, step.graph, *step._left[0].values(), *of_sources))
 
     monkeypatch.setattr(captured_step.CapturedStep, "__init__", note)
     model = translation(places("fast-weight", *PLACES))

@@ -18,6 +18,7 @@ from in_process import LM_TASK, TRAINING, TRANSLATION, Flags, fairseq_generate, 
 
 SOFTMAX = places("softmax")
 EVERYWHERE = places("fast-weight")
+BOTH_WAYS = ("--encoder-reading", "two-directions")
 OURS = (*TRAINING, *TRANSLATION)
 FAIRSEQS = (*TRAINING, "--arch", "transformer", *TRANSLATION[2:], "--decoder-embed-dim", 16)
 LM_SIZES = ("--decoder-layers", 2, "--decoder-embed-dim", 16, "--decoder-ffn-embed-dim", 32)
@@ -66,14 +67,23 @@ def begin(flags: Flags, data: Path, folder: Path, parent: Path, **given: Any) ->
 @pytest.mark.parametrize(
     "parent, flags, kind",
     [
-        ((*OURS, *SOFTMAX), (*OURS, *EVERYWHERE, "--update-rule", "gated-delta"), "separate"),
+        ((*OURS, *SOFTMAX), (*OURS, *EVERYWHERE, "--update-rule", "gated-delta", *BOTH_WAYS), "separate"),
         ((*OURS, *SOFTMAX), (*OURS, "--short-convolution", 2, "--no-attention-bias"), "separate"),
+        ((*OURS, *SOFTMAX), (*OURS, *EVERYWHERE, "--cross-softmax-layers", 2), "separate"),
         ((*OURS, *places("fast-weight", "decoder-self-attention")), (*OURS, *EVERYWHERE), "separate"),
         (FAIRSEQS, (*OURS, *EVERYWHERE, "--feature-map", "favor"), "fused"),
         (FAIRSEQS_LM, OUR_LM, "separate"),
         (FAIRSEQS_LM, (*OUR_LM, "--feature-map", "elu", "--update-rule", "sum"), "fused"),
     ],
-    ids=["ours", "other parts", "one place more", "fairseq's of old", "fairseq's lm", "fairseq's lm of old"],
+    ids=[
+        "ours",
+        "other parts",
+        "but a layer",
+        "one place more",
+        "fairseq's of old",
+        "fairseq's lm",
+        "fairseq's lm of old",
+    ],
 )
 def test_what_fits_is_the_checkpoint_s_and_what_is_new_the_model_s(
     small_corpus: Corpus, parent_of: ParentOf, tmp_path: Path, parent: Flags, flags: Flags, kind: str
@@ -115,6 +125,7 @@ def test_a_table_says_what_is_taken_and_what_is_new(
         (OURS, OURS, {}, "parent.pt has no softmax where this model has fast weights"),
         ((*OURS, *SOFTMAX), (*OURS, *SOFTMAX), {}, "parent.pt has no softmax where this model has fast weights"),
         (OURS, (*OURS, *EVERYWHERE, "--feature-map", "elu"), {}, "was trained with --feature-map dpfp, and this"),
+        ((*OURS, *EVERYWHERE), (*OURS, *EVERYWHERE, *BOTH_WAYS), {}, "was trained with --encoder-reading whole, and"),
         ((*OURS, *EVERYWHERE), OURS, {}, "was trained with --encoder-self-attention fast-weight, and this model"),
         ((*OURS, *SOFTMAX), (*OURS, "--decoder-attention-heads", 4), {}, "--decoder-attention-heads 2, and this"),
         ((*OURS, *SOFTMAX), (*OURS, "--encoder-ffn-embed-dim", 8), {}, r"has the shape \(32, 16\) in the checkpoint"),
@@ -176,9 +187,10 @@ LEARNED = ("--update-rule", "sum", "--feature-map", "learned", "--key-normalizat
     [
         (*LEARNED, "--attention-normalization"),
         ("--update-rule", "gated-delta", "--feature-map", "dpfp", "--short-convolution", 2, "--no-attention-bias"),
+        ("--update-rule", "gated-delta", *BOTH_WAYS),
         ("--update-rule", "fwm", "--feature-map", "tanh", "--key-normalization", "none"),
     ],
-    ids=["sum, learned", "gated-delta, dpfp", "fwm"],
+    ids=["sum, learned", "gated-delta, dpfp", "two directions", "fwm"],
 )
 def test_attention_learns_to_give_what_softmax_gives(
     small_corpus: Corpus, parent_of: ParentOf, tmp_path: Path, flags: Flags

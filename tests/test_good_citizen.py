@@ -314,7 +314,8 @@ BASES = {
     + ["--cross-attention-normalization", *places("fast-weight")],
     "cross-attention only": ["--cross-feature-map", "learned"]
     + [*places("softmax"), *places("fast-weight", "cross-attention")],
-    "normalised everywhere": ["--update-rule", "sum", "--attention-normalization", *places("fast-weight")],
+    "normalised everywhere": ["--update-rule", "sum", "--attention-normalization", *places("fast-weight")]
+    + ["--decoder-layers", "2"],
     "softmax": places("softmax"),
 }
 CHANGES = {
@@ -328,6 +329,8 @@ CHANGES = {
     "cross_update_rule": ("gated",),
     "cross_feature_map": ("elu",),
     "cross_attention_normalization": (),
+    "cross_softmax_layers": ("2",),
+    "encoder_reading": ("two-directions",),
     "no_attention_bias": (),
     **{
         option.name: () if option.type is bool else (str(another_value(option)),)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import backends
 from registered import UNBOUNDED_RULES, gates_of
-from test_attention import CONFIGS, build, build_cross, inputs, name_of
+from test_attention import CONFIGS, READINGS, build_cross, build_reading, inputs, name_of
 from tiny_models import build_translation, places, translation_batch
 from torch import Tensor, nn
 
@@ -79,10 +79,10 @@ unbounded = pytest.mark.parametrize("config", [c for c in CONFIGS if c.rule.max_
 
 
 @unbounded
-@pytest.mark.parametrize("reading", ["causal", "whole", "cross"])
+@pytest.mark.parametrize("reading", READINGS)
 @torch.no_grad()
 def test_attention_gives_the_weights_by_which_it_reads(config, reading):
-    attention = build_cross(config) if reading == "cross" else build(config, causal=reading == "causal")
+    attention = build_reading(config, reading)
     query, key = inputs(6), inputs(6 if reading != "cross" else 9)
     padding = torch.zeros(3, len(key), dtype=torch.bool)
     padding[1, -2:] = True

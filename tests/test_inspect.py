@@ -10,11 +10,12 @@ import matplotlib.image
 import pytest
 import torch
 from fairseq.logging import metrics
-from test_attention import CONFIGS, build, build_cross, inputs, name_of
+from test_attention import CONFIGS, HEADS, READINGS, build, build_reading, inputs, name_of
 from tiny_models import build_lm, build_translation, places, save_checkpoint, tokens, translation_batch
 
 from fwp_fairseq.inspect.__main__ import main
 from fwp_fairseq.inspect.recorder import effective_rank, look, recorded
+from fwp_fairseq.ops import Gates
 
 SIZES = ["--decoder-layers", "2", "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "32"]
 SIZES += ["--decoder-attention-heads", "2"]
@@ -39,7 +40,8 @@ def test_the_effective_rank_counts_directions_by_their_share():
 @torch.no_grad()
 def test_what_is_seen_is_what_was_done(config):
     """The last memory is the one of all tokens, and weights are those that attention gives."""
-    for attention in (build(config, causal=True), build(config), build_cross(config)):
+    for reading in READINGS:
+        attention = build_reading(config, reading)
         x = inputs(5, batch=1)
         with recorded(torch.nn.ModuleDict({"attention": attention})) as calls:
             _, weights = attention(x, x, value=x, need_head_weights=True)
@@ -50,9 +52,13 @@ def test_what_is_seen_is_what_was_done(config):
             torch.testing.assert_close(seen.weights, weights[:, 0])
         tokens = attention._mix(attention._project(x, x, x), attention._kept(None, 1))
         q, k = attention.features(tokens.q, tokens.k)
-        memory, _ = attention.recurrence.write(k, tokens.v, attention.gates(tokens))
-        torch.testing.assert_close(seen.norm[:, -1], memory[0].square().sum((1, 2)).sqrt())
-        torch.testing.assert_close(seen.rank[:, -1], effective_rank(memory[0]))
+        k, v, *gates = (None if y is None else attention.in_order(y) for y in (k, tokens.v, *attention.gates(tokens)))
+        memory, _ = attention.recurrence.write(k, v, Gates(*gates))
+        torch.testing.assert_close(seen.last_norm, memory[0].square().sum((1, 2)).sqrt())
+        torch.testing.assert_close(seen.last_rank, effective_rank(memory[0]))
+        # The last token that a head writes is the first one where it goes from right to left.
+        left, right = seen.norm[: HEADS // 2, -1], seen.norm[HEADS // 2 :, 0 if attention.two_directions else -1]
+        assert torch.equal(torch.cat([left, right]), seen.last_norm)
         assert seen.bound == min(memory.shape[2:]) and (seen.rank <= seen.bound + 1e-3).all()
 
 

@@ -145,10 +145,10 @@ def test_a_search_finds_nearly_the_same(chosen):
         assert ours[0]["score"] != theirs[0]["score"]
 
 
-@pytest.mark.parametrize("attention", ["softmax", "fast-weight"])
+@pytest.mark.parametrize("attention", ["softmax", "fast-weight", "fast-weight --encoder-reading two-directions"])
 @torch.no_grad()
 def test_the_encoder_is_close_and_a_sentence_does_not_depend_on_padding(attention):
-    sizes = ["--encoder-embed-dim", "32", "--decoder-embed-dim", "32", "--encoder-self-attention", attention]
+    sizes = ["--encoder-embed-dim", "32", "--decoder-embed-dim", "32", "--encoder-self-attention", *attention.split()]
     plain, int8 = (prepared(build_translation, *sizes, *more).encoder for more in ([], INT8))
     tokens, lengths = torch.randint(4, 20, (3, 9)), torch.tensor([9, 9, 6])
     tokens[2, :3] = 1

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from fairseq import models
+from fairseq.modules import MultiheadAttention
 from fairseq.sequence_generator import SequenceGenerator
 from hydra.core.config_store import ConfigStore
 from tiny_models import (
@@ -23,7 +24,7 @@ from tiny_models import (
     translation_batch,
 )
 
-from fwp_fairseq.modules import FastWeightAttention, FastWeightConfig
+from fwp_fairseq.modules import FastWeightAttention, FastWeightConfig, FastWeightCrossAttention
 
 ALL = places("fast-weight")
 
@@ -123,6 +124,7 @@ OPTIONS = {
     "gated": ["--update-rule", "gated"],
     "fwm": ["--update-rule", "fwm", "--feature-map", "tanh", "--key-normalization", "none"],
     "rule of whole memories": ["--whole-memory-update-rule", "sum", "--whole-memory-attention-normalization"],
+    "softmax in one layer": ["--decoder-layers", "2", "--cross-softmax-layers", "1"],
 }
 
 
@@ -320,6 +322,26 @@ def test_whole_memory_attention_can_have_a_rule_and_a_map_of_its_own():
         assert (whole.rule.name, whole.features.feature_map, whole.attention_normalization) == ("sum", "elu", True)
 
 
+def test_cross_attention_of_some_layers_can_have_softmax():
+    model = build_translation(*ALL, "--decoder-layers", "3", "--cross-softmax-layers", "3, 1")
+    kinds = [type(layer.encoder_attn) for layer in model.decoder.layers]
+    assert kinds == [MultiheadAttention, FastWeightCrossAttention, MultiheadAttention]
+    assert all(isinstance(layer.self_attn, FastWeightAttention) for layer in model.decoder.layers)
+
+
+@pytest.mark.parametrize("given", ["0", "3", "1,2", "1;2", "1,", "-1", "x"])
+def test_numbers_that_no_layers_have_are_refused(given):
+    flags = [*ALL, "--decoder-layers", "2", f"--cross-softmax-layers={given}"]
+    with pytest.raises(ValueError, match=f"--cross-softmax-layers is {given}, allowed are some of the numbers 1 to 2,"):
+        build_translation(*flags)
+
+
+def test_layers_are_not_taken_away_from_under_their_numbers():
+    flags = [*ALL, "--decoder-layers", "3", "--cross-softmax-layers", "3", "--decoder-layers-to-keep", "0,2"]
+    with pytest.raises(ValueError, match="--decoder-layers-to-keep is 0,2, .* --cross-softmax-layers: it must be left"):
+        build_translation(*flags)
+
+
 def test_wrong_options_of_whole_memories_are_refused_by_their_name():
     with pytest.raises(
         ValueError, match="with the --whole-memory-.*--key-normalization is sum, but --feature-map tanh"
@@ -332,7 +354,17 @@ def test_wrong_encoder_heads_are_refused_under_the_encoder_s_flag():
         build_translation("--encoder-attention-heads", "3", *ALL)
 
 
-@pytest.mark.parametrize("option", ["update_rule", "feature_map", "key_normalization", "cross_attention"])
+def test_two_directions_need_an_even_number_of_heads_where_they_are_read_in():
+    flags = ["--encoder-reading", "two-directions", "--encoder-embed-dim", "9"]
+    flags += ["--encoder-attention-heads", "3", "--decoder-attention-heads", "3"]
+    with pytest.raises(ValueError, match="--encoder-attention-heads is 3, it must be even with --encoder-reading two-"):
+        build_translation(*flags, *ALL)
+    build_translation(*flags)
+
+
+@pytest.mark.parametrize(
+    "option", ["update_rule", "feature_map", "key_normalization", "cross_attention", "encoder_reading"]
+)
 def test_unknown_choices_are_refused(option, capsys):
     flag = "--" + option.replace("_", "-")
     with pytest.raises(SystemExit):

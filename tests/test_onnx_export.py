@@ -12,6 +12,7 @@ from registered import UNBOUNDED_RULES, another_value
 from tiny_models import build_lm, build_translation, places, tokens, translation_batch
 from torch import Tensor
 
+from fwp_fairseq.modules.fast_weight_config import ENCODER_READINGS
 from fwp_fairseq.modules.stages import STAGES
 from fwp_fairseq.onnx_export.graph import CannotExport
 from fwp_fairseq.onnx_export.model_graphs import ModelGraphs
@@ -97,12 +98,15 @@ def test_every_rule_and_map_in_all_places_is_what_fairseq_computes(rule: str, fe
 @pytest.mark.parametrize("rule", RULES)
 def test_every_form_of_the_recurrence_is_what_fairseq_computes(rule: str, form: str) -> None:
     for more in ([], ["--attention-normalization"]):
-        assert_same_translation(build_translation("--update-rule", rule, *places("fast-weight"), *more), form)
+        for reading in ENCODER_READINGS:
+            flags = "--update-rule", rule, "--encoder-reading", reading, *places("fast-weight"), *more
+            assert_same_translation(build_translation(*flags), form)
 
 
 @pytest.mark.parametrize("options", STAGED, ids=" ".join)
 def test_every_stage_is_what_fairseq_computes(options: list[str]) -> None:
     assert_same_translation(build_translation(*options, *places("fast-weight")))
+    assert_same_translation(build_translation(*options, *places("fast-weight"), "--encoder-reading", "two-directions"))
     assert_same_translation(build_translation(*options))
 
 
@@ -133,6 +137,7 @@ def test_every_place_can_have_softmax_but_the_decoders_own(encoder: str, cross: 
         "--activation-fn gelu_accurate --decoder-embed-dim 12 --decoder-output-dim 10 --decoder-layers 3",
         "--encoder-embed-dim 9 --encoder-attention-heads 3 --decoder-attention-heads 3",
         "--adaptive-softmax-cutoff 8,12",
+        "--decoder-layers 3 --cross-softmax-layers 1,3",
         "--whole-memory-update-rule sum --whole-memory-feature-map elu --whole-memory-attention-normalization",
         "--activation-fn linear --encoder-layerdrop 0.3 --decoder-layerdrop 0.3",
     ],

@@ -57,9 +57,20 @@ def differing(trained: dict[str, Any], overrides: dict[str, Any]) -> str:
         ({"feature_map": "favor"}, {"favor_features": 8}, "--favor-features 64, and"),
         ({}, {"short_convolution": 4}, "--short-convolution 0, and this model has --short-convolution 4"),
         ({"encoder_self_attention": "fast-weight"}, {"whole_memory_update_rule": "sum"}, "whole-memory-update-rule"),
+        (
+            {"encoder_self_attention": "fast-weight"},
+            {"encoder_reading": "two-directions"},
+            "--encoder-reading whole, and this model has --encoder-reading two-directions",
+        ),
+        (
+            {"cross_attention": "fast-weight", "cross_softmax_layers": "1"},
+            {"cross_softmax_layers": "2"},
+            "--cross-softmax-layers 1, and this model has --cross-softmax-layers 2",
+        ),
         # What is not in use makes no difference, nor does the way of computing it.
         ({}, {}, ""),
         ({}, {"dpfp_nu": 2, "favor_features": 3, "whole_memory_update_rule": "sum"}, ""),
+        ({}, {"encoder_reading": "two-directions", "cross_softmax_layers": "2"}, ""),
         ({}, {"fast_weight_backend": "loop", "dropout": 0.9}, ""),
         ({"update_rule": "sum"}, {"write_strength_bias": True, "write_strength_range": 0.5}, ""),
         ({"write_strength_range": 2}, {"write_strength_range": 2.0}, ""),

@@ -37,8 +37,8 @@ def _table(memories: Sequence[Memory]) -> str:
         numbers = [
             "" if memory.write is None else f"{mean(memory.write):.3f}",
             "" if memory.decay is None else f"{mean(memory.decay):.3f}",
-            f"{mean(memory.norm[:, -1]):.2f}",
-            f"{mean(memory.rank[:, -1]):.1f}",
+            f"{mean(memory.last_norm):.2f}",
+            f"{mean(memory.last_rank):.1f}",
             str(memory.bound),
             f"{mean(memory.found):.2f}",
         ]

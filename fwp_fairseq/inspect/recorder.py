@@ -22,8 +22,9 @@ class Memory:
 
     write, decay: (H, S), β and α as the recurrence has them, or None where the rule has none. weights: (H, T, S), or
     None (FWM, or too many tokens). norm, rank: (H, S), Frobenius norm and effective rank of the memory after each
-    token, of which ``bound`` is the largest that there can be. found: (H, S), the length of what the key retrieves
-    before it is written, as a share of the value's; agreement: (H, S), the cosine of the two.
+    token, of which ``bound`` is the largest that there can be; last_norm, last_rank: (H,), after all of them. found:
+    (H, S), the length of what the key retrieves before it is written, as a share of the value's; agreement: (H, S), the
+    cosine of the two.
     """
 
     name: str
@@ -32,6 +33,8 @@ class Memory:
     weights: Optional[Tensor]
     norm: Tensor
     rank: Tensor
+    last_norm: Tensor
+    last_rank: Tensor
     bound: int
     found: Tensor
     agreement: Tensor
@@ -50,10 +53,12 @@ def inputs_by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, A
 
 
 def written(attention: FastWeightAttention, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Gates]:
-    """What the recurrence of an attention gets: q and k as mapped, v, and gates."""
+    """What the recurrence of an attention gets: q and k as mapped, v, and gates, in the order of each head's writes."""
     tokens = attention._project(inputs["query"], inputs["key"], inputs["value"], inputs.get("key_padding_mask"))
     tokens = attention._mix(tokens, AttentionState())
-    return *attention.features(tokens.q, tokens.k), tokens.v, attention.gates(tokens)
+    q, k = attention.features(tokens.q, tokens.k)
+    gates = Gates(*(None if gate is None else attention.in_order(gate) for gate in attention.gates(tokens)))
+    return attention.in_order(q), attention.in_order(k), attention.in_order(tokens.v), gates
 
 
 @contextmanager
@@ -83,12 +88,19 @@ def look(
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda tokens: tokens,
 ) -> Memory:
     """What ``attention`` did with ``inputs`` of one row. ``progress`` goes over the tokens, one after the other."""
+
+    def by_token(x: Tensor) -> Tensor:
+        """(1, H, L, ...) along the writes of each head -> (H, L, ...) along the tokens."""
+        return attention.in_order(x)[0]
+
     q, k, v, gates = written(attention, inputs)
     length, normalized = k.size(2), attention.attention_normalization
 
     weights = None
     if attention.gives_weights and max(q.size(2), length) <= MOST_WEIGHTS:
-        weights = implied_attention(q, k, gates, causal=attention.causal, normalized=normalized)[0]
+        causal = attention.causal or attention.two_directions
+        weights = implied_attention(q, k, gates, causal=causal, normalized=normalized)
+        weights = by_token(attention.in_order(weights.transpose(2, 3)).transpose(2, 3))
 
     memory = k.new_zeros(*k.shape[:2], k.size(3), v.size(3))
     normalizer = memory[..., :1] if normalized else None
@@ -110,14 +122,17 @@ def look(
                 torch.cosine_similarity(found, value, dim=-1)[..., 0],
             )
         )
-    norm, rank, found_share, agreement = (torch.stack(column, dim=-1)[0] for column in zip(*rows))
+    norm, rank, found_share, agreement = (by_token(torch.stack(column, dim=-1)) for column in zip(*rows))
+    last_norm, last_rank, *_ = (column[0] for column in rows[-1])
     return Memory(
         name,
-        None if gates.write is None else gates.write[0],
-        None if gates.decay is None else gates.decay[0],
+        None if gates.write is None else by_token(gates.write),
+        None if gates.decay is None else by_token(gates.decay),
         weights,
         norm,
         rank,
+        last_norm,
+        last_rank,
         min(memory.shape[2:]),
         found_share,
         agreement,

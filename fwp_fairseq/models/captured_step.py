@@ -173,6 +173,11 @@ def _is_on_gpu(tokens: Tensor) -> bool:
     return tokens.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
+# Of tensors that cross-attention has of the sources: how many rows share one of theirs, and whether rows can leave it.
+# fairseq's attention takes for granted that a row stays with its sentence until one leaves the batch.
+_Sharing = tuple[int, bool]
+
+
 class CapturedSteps:
     """Makes the steps of a search, for as many rows as ``most``."""
 
@@ -215,10 +220,11 @@ class CapturedStep:
             for attention in _attentions(decoder)
             if isinstance(attention, FastWeightAttention)
         ]
-        self._sources = [x for layer in decoder.layers for x in _sources_of(layer, incremental_state)]
-        self._beams = self.rows // self._sources[0].size(0) if self._sources else 1
-        # fairseq's attention takes for granted that a row stays with its sentence until one leaves the batch.
-        self._can_leave_sentence = any(isinstance(x, FastWeightCrossAttention) for x in _attentions(decoder))
+        self._sources: dict[_Sharing, list[Tensor]] = {}
+        for layer in decoder.layers:
+            for x in _sources_of(layer, incremental_state):
+                sharing = self.rows // x.size(0), isinstance(layer.encoder_attn, FastWeightCrossAttention)
+                self._sources.setdefault(sharing, []).append(x)
         self._decode_and_capture(self._reader(decoder), encoder_out, incremental_state)
 
     @property
@@ -283,16 +289,18 @@ class CapturedStep:
 
     def _move_sources(self, order: Tensor) -> bool:
         """Let each sentence that is left have its own; False if beams of one sentence are not next to each other."""
-        rows = order.size(0)
-        if not self._sources or rows == self.rows and not self._can_leave_sentence:
-            return True
-        sentences = order // self._beams
-        if rows == self.rows and sentences.equal(self._in_order[:rows] // self._beams):
-            return True
-        where = sentences[:: self._beams]
-        if rows % self._beams or not sentences.equal(where.repeat_interleave(self._beams)):
-            return False
-        for x in self._sources:
+        rows, moves = order.size(0), []
+        for (beams, can_leave_sentence), sources in self._sources.items():
+            if rows == self.rows and not can_leave_sentence:
+                continue
+            sentences = order // beams
+            if rows == self.rows and sentences.equal(self._in_order[:rows] // beams):
+                continue
+            where = sentences[::beams]
+            if rows % beams or not sentences.equal(where.repeat_interleave(beams)):
+                return False
+            moves += [(x, where) for x in sources]
+        for x, where in moves:
             x[: where.size(0)].copy_(x.index_select(0, where))
         return True
 

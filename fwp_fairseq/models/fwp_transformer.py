@@ -3,6 +3,7 @@
 Everything but the attention modules is fairseq's: this file only says which options there are, and hooks the layers in.
 """
 
+import copy
 import logging
 from argparse import Namespace
 from contextlib import AbstractContextManager
@@ -140,6 +141,14 @@ def attach_fast_weights(cfg: TransformerConfig, args: Any, places: tuple[str, ..
     if CROSS_ATTENTION in cfg.fast_weight_places and cfg.no_cross_attention:
         cfg.fast_weight_places.remove(CROSS_ATTENTION)
         logger.warning("--cross-attention fast-weight has no effect in this model: --no-cross-attention leaves it out")
+    cfg.cross_softmax_layers = set()
+    if CROSS_ATTENTION in cfg.fast_weight_places:
+        cfg.cross_softmax_layers = cfg.fast_weights.layers_with_softmax(cfg.decoder.layers)
+    if cfg.cross_softmax_layers and cfg.decoder.layers_to_keep:
+        raise ValueError(
+            f"--decoder-layers-to-keep is {cfg.decoder.layers_to_keep}, which would give other numbers to the layers "
+            "of --cross-softmax-layers: it must be left out"
+        )
     of_architecture = Namespace()
     ARCH_CONFIG_REGISTRY.get(getattr(args, "_name", None) or getattr(args, "arch", None), vars)(of_architecture)
     cfg.fast_weights.warn_without_effect(cfg.fast_weight_places, vars(of_architecture))
@@ -167,6 +176,11 @@ class FWPTransformerDecoder(CapturesSteps, CarriesState, TransformerDecoderBase)
         return self._here.set(prefix=prefix)
 
     def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
+        # fairseq builds one layer after the other, and does not say which.
+        self._layers_built = getattr(self, "_layers_built", 0) + 1
+        if self._layers_built in cfg.cross_softmax_layers:
+            cfg = copy.copy(cfg)
+            cfg.fast_weight_places = cfg.fast_weight_places - {CROSS_ATTENTION}
         return wrap_layer(FastWeightDecoderLayer(cfg, no_encoder_attn), cfg)
 
     def forward(

@@ -15,7 +15,7 @@ from fwp_fairseq.modules.carried_state import AttentionWithState, IncrementalSta
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 from fwp_fairseq.modules.few_rows_linear import call_linears
 from fwp_fairseq.modules.key_features import KeyFeatures
-from fwp_fairseq.modules.recurrence import Recurrence
+from fwp_fairseq.modules.recurrence import Recurrence, turned
 from fwp_fairseq.modules.stages import STAGES, Mixing, Projection, ReadOut, Sizes, Stage, TokenGates, Tokens
 from fwp_fairseq.ops import UPDATE_RULES, UpdateRule
 from fwp_fairseq.ops.fast_weights import choose_backend
@@ -29,11 +29,13 @@ class FastWeightAttention(AttentionWithState):
 
         projections → mixing → features → gates → recurrence → read-out → output projection
 
-    The memory is read in one of two ways:
+    The memory is read in one of three ways:
 
     - causal (decoder self-attention): every query reads right after its own token is written;
     - whole (``causal=False``, encoder self-attention): all tokens are written, then every query reads the finished
-      memory. FastWeightCrossAttention does so with a source.
+      memory. FastWeightCrossAttention does so with a source;
+    - in two directions (the encoder's with --encoder-reading two-directions; Zhu et al. 2024, "Vision Mamba"): half of
+      the heads are causal, the others are so from the last token to the first. Order counts, and no token is hidden.
 
     Padded keys leave the memory as it is. ``dropout`` (--attention-dropout) acts on what is read, before the output
     projection: there are no attention weights to drop, and dropping writes would change the rule.
@@ -65,13 +67,15 @@ class FastWeightAttention(AttentionWithState):
     ) -> None:
         super().__init__()
         config = config or FastWeightConfig()
-        config.check(embed_dim, num_heads, "decoder" if causal or self.encoder_decoder_attention else "encoder")
+        in_encoder = not (causal or self.encoder_decoder_attention)
+        config.check(embed_dim, num_heads, "encoder" if in_encoder else "decoder")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
         self.causal = causal
+        self.two_directions = in_encoder and str(config.encoder_reading) == "two-directions"
         self.update_rule = config.rule.name
         self.backend = str(config.fast_weight_backend)
         self.attention_normalization = config.attention_normalization
@@ -135,7 +139,7 @@ class FastWeightAttention(AttentionWithState):
             layer.initialize(getattr(self, layer.name))
 
     def extra_repr(self) -> str:
-        reading = "causal" if self.causal else "whole memory"
+        reading = "causal" if self.causal else "two directions" if self.two_directions else "whole memory"
         normalization = ", attention normalisation" if self.attention_normalization else ""
         heads = f"{self.num_heads} heads of {self.head_dim}{normalization}"
         backend = f"backend {self.backend}"
@@ -169,14 +173,16 @@ class FastWeightAttention(AttentionWithState):
 
         Causal attention takes ``attn_mask`` for what it is, the mask of the future, which the order of writes implies.
         Its key may be longer than its query: what comes before the first query is written first. Raises ValueError for
-        an ``attn_mask`` on the whole memory, which cannot hide one token from one query.
+        an ``attn_mask`` in the encoder and in cross-attention, where no token can be hidden from one query alone.
 
         Returns (T, B, embed_dim), and, with ``need_weights``, implied attention weights, (B, T, S), or those of each
         head, (num_heads, B, T, S), with ``need_head_weights``. They are None where the tokens before are not there any
         more (causal attention that goes on from a state), and with a bound on the memory (FWM).
         """
         if attn_mask is not None and not self.causal:
-            raise ValueError("fast weights read the memory as a whole: an attn_mask needs softmax attention here")
+            raise ValueError(
+                "fast weights cannot hide one token from one query: an attn_mask needs softmax attention here"
+            )
         weights_wanted = (need_weights or need_head_weights) and self.gives_weights
         read, weights, tokens = self._attend(query, key, value, key_padding_mask, incremental_state, weights_wanted)
         if weights is not None:
@@ -212,14 +218,18 @@ class FastWeightAttention(AttentionWithState):
         gates = self.gates(tokens)
         marks = marks_of(tokens) if weights_wanted and (stateless or not self.causal) else None
         if not self.causal:
-            values = [tokens.v] if marks is None else [tokens.v, marks]
-            (read, *weights), _, _ = self.recurrence.whole(tokens.q, tokens.k, gates, self.features, *values)
-            return read.to(query.dtype), weights[0] if weights else None, tokens
+            given = tokens.q, tokens.k, gates, self.features, tokens.v, *([] if marks is None else [marks])
+            reads = self.recurrence.two_directions(*given) if self.two_directions else self.recurrence.whole(*given)[0]
+            return reads[0].to(query.dtype), None if marks is None else reads[1], tokens
         read, read_marks = self.recurrence.causal(
             tokens.q, tokens.k, tokens.v, gates, self.features, state, decoding, marks
         )
         self._keep(incremental_state, state)
         return read, read_marks, tokens
+
+    def in_order(self, x: Tensor) -> Tensor:
+        """(B, H, L, ...), the tokens in the order in which each head writes them; twice, they are as they were."""
+        return turned(x) if self.two_directions else x
 
     def _mix(self, tokens: Tokens, state: AttentionState) -> Tokens:
         for stage in self.stages(Mixing):

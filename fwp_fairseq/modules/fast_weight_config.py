@@ -53,6 +53,8 @@ _Choices = make_dataclass(
     bases=(FairseqDataclass,),
 )
 
+ENCODER_READINGS = ("whole", "two-directions")
+
 # Options that a place can have another value of, and the places that each prefix stands for.
 _BY_PLACE = ("update_rule", "feature_map", "attention_normalization")
 _PREFIXES: dict[str, tuple[str, ...]] = {
@@ -95,6 +97,20 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
     )
     cross_attention_normalization: bool = field(
         default=False, metadata={"help": "--attention-normalization in cross-attention only"}
+    )
+    cross_softmax_layers: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "numbers of decoder layers, such as 2,6, that have softmax in cross-attention where others have "
+            "fast weights"
+        },
+    )
+    encoder_reading: ChoiceEnum(list(ENCODER_READINGS)) = field(  # type: ignore[valid-type]
+        default="whole",
+        metadata={
+            "help": "fast weights in the encoder are read when all tokens are written, or, two-directions, after each, "
+            "by half of the heads from left to right and by the others from right to left"
+        },
     )
     no_attention_bias: bool = field(
         default=False, metadata={"help": "no biases in the projections of fast-weight attention"}
@@ -156,6 +172,24 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
                 chosen.update({name: value for name in _BY_PLACE if (value := getattr(self, prefix + name))})
         return replace(self, **chosen)
 
+    def layers_with_softmax(self, layers: int) -> set[int]:
+        """Which of a decoder's ``layers``, counted from 1, have softmax in cross-attention all the same.
+
+        Raises ValueError for those that there are not, and for all of them.
+        """
+        if not self.cross_softmax_layers:
+            return set()
+        try:
+            chosen = {int(number) for number in self.cross_softmax_layers.split(",")}
+        except ValueError:
+            chosen = {0}
+        if not chosen < {*range(1, layers + 1)}:
+            raise ValueError(
+                f"--cross-softmax-layers is {self.cross_softmax_layers}, allowed are some of the numbers 1 to "
+                f"{layers}, with commas between them, but not all: that is --cross-attention softmax"
+            )
+        return chosen
+
     def without_effect(self, places: Collection[str]) -> dict[str, str]:
         """Options that change nothing in a model with fast weights in these places, and why."""
         options = [option.name for option in fields(self) if option.name not in ("_name", "cpu")]
@@ -166,6 +200,10 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
             reason = self._why_without_effect(prefix, name, places)
             if reason is not None:
                 reasons[prefix + name] = reason
+        if CROSS_ATTENTION not in places:
+            reasons["cross_softmax_layers"] = "cross-attention has no fast weights"
+        if ENCODER_SELF_ATTENTION not in places:
+            reasons["encoder_reading"] = "the encoder has no fast weights"
         if not self.convert_attention:
             reasons["conversion_updates"] = "there is no --convert-attention"
         if set(places) == {ENCODER_SELF_ATTENTION}:
@@ -216,12 +254,18 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
         combinations that are allowed but known to diverge or to hurt.
         """
         _check_choice("--key-normalization", self.key_normalization, KEY_NORMALIZATIONS)
+        _check_choice("--encoder-reading", self.encoder_reading, ENCODER_READINGS)
         for name in ("log_memory", "conversion_updates"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{_flag(name)} is {getattr(self, name)}, it must be at least 0")
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(
                 f"--{place}-attention-heads is {num_heads}, it must divide --{place}-embed-dim, which is {embed_dim}"
+            )
+        if place == "encoder" and str(self.encoder_reading) == "two-directions" and num_heads % 2:
+            raise ValueError(
+                f"--encoder-attention-heads is {num_heads}, it must be even with --encoder-reading two-directions, "
+                "which takes half of them for each"
             )
         for option in (*self.map.options, *self.rule.options):
             option.check(getattr(self, option.name), embed_dim // num_heads, "head size", f" in the {place}")

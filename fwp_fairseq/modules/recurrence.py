@@ -87,6 +87,17 @@ class Recurrence(NamedTuple):
         reads = [self._read(q, memory, normalizers[0]) for memory in memories]
         return reads, list(memories), normalizers[0]
 
+    def two_directions(
+        self, q: Tensor, k: Tensor, gates: Gates, features: KeyFeatures, *values: Tensor
+    ) -> list[Tensor]:
+        """Write every token and read right after it, half of the heads from the last token to the first: (B, H, T, Dv).
+
+        Each of the ``values`` is written into a memory of its own. There are as many queries as keys.
+        """
+        q, k = (turned(x) for x in features(q, k))
+        gates = Gates(*(None if gate is None else turned(gate) for gate in gates))
+        return [turned(self._scan(q, k, turned(v), gates, None, None)[0]) for v in values]
+
     def read(self, q: Tensor, memory: Tensor, normalizer: Optional[Tensor], features: KeyFeatures) -> Tensor:
         """What queries read from memories that were finished before, shared as in ``whole``."""
         if q.size(2) == 1 and not torch.is_grad_enabled() and self._is_compiled(q, features):
@@ -159,6 +170,12 @@ class Recurrence(NamedTuple):
         if rows != memories:
             read = read.unflatten(2, (rows // memories, -1)).transpose(1, 2).flatten(0, 1)
         return read
+
+
+def turned(x: Tensor) -> Tensor:
+    """(B, H, L, ...), the second half of the heads from the last token to the first; turned twice it is as it was."""
+    half = x.size(1) // 2
+    return torch.cat([x[:, :half], x[:, half:].flip(2)], dim=1)
 
 
 def _as_compiled(features: KeyFeatures, *projected: Tensor) -> tuple[tuple[Tensor, ...], native.AddressFeatures]:

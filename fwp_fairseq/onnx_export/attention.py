@@ -167,6 +167,24 @@ class WholeFastWeights(FastWeights):
         return self.put_out(self.read(q, self.memory(x, key_padding_mask)), x), None
 
 
+class FastWeightsInTwoDirections(FastWeights):
+    """Self-attention of the encoder with --encoder-reading two-directions."""
+
+    def __call__(self, query: Tensor, *_: Any, key_padding_mask: Optional[Tensor] = None, **__: Any) -> Any:
+        x = query.transpose(0, 1)
+        k, v, gates = self.keys_and_gates(x, key_padding_mask)
+        q, k = self._features(self.queries(x, key_padding_mask), k)
+        each_head = torch.ones(self.attention.num_heads)
+        turned = Gates(*(None if gate is None else self._turned(gate * each_head) for gate in gates))
+        read = self.recurrence.causal(self._turned(q), self._turned(k), self._turned(v), turned)[0]
+        return self.put_out(self._turned(read), x), None
+
+    def _turned(self, x: Tensor) -> Tensor:
+        """(B, T, H, ...), the second half of the heads from the last token to the first."""
+        half = self.attention.num_heads // 2
+        return torch.cat([x[:, :, :half], x[:, :, half:].flip(1)], dim=2)
+
+
 class Softmax:
     """fairseq's attention to tokens that are all there."""
 
@@ -200,7 +218,9 @@ class Softmax:
 
 
 def encoder_self_attention(attention: Any, graph: Graph, form: str) -> Any:
-    return WholeFastWeights(attention, graph, form) if is_fast_weight(attention) else Softmax(attention)
+    if not is_fast_weight(attention):
+        return Softmax(attention)
+    return (FastWeightsInTwoDirections if attention.two_directions else WholeFastWeights)(attention, graph, form)
 
 
 class CrossAttention:

@@ -98,6 +98,10 @@ def _transpose(graph: Graph, out: Tensor, x: Value, a: int, b: int) -> str:
     return graph.node("Transpose", x, perm=order)
 
 
+def _flip(graph: Graph, out: Tensor, x: Value, dim: int) -> str:
+    return graph.node("Slice", x, graph.ints(-1), graph.ints(-(2**62)), graph.ints(dim), graph.ints(-1))
+
+
 def _unsqueeze(graph: Graph, out: Tensor, x: Value, dim: int) -> str:
     return graph.node("Unsqueeze", x, graph.ints(dim))
 
@@ -240,6 +244,7 @@ OPERATORS: dict[str, Callable[..., str]] = {
     "permute": _permute,
     "transpose": _transpose,
     "t": lambda graph, out, x: graph.node("Transpose", x, perm=[1, 0]),
+    "flip": _flip,
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
     "unflatten": _unflatten,

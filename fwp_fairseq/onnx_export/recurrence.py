@@ -36,12 +36,12 @@ class Recurrence:
     # --- The readings ------------------------------------------------------------------------------------------------
 
     def causal(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor, one_token: bool = False
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Optional[Tensor] = None, one_token: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Read after each write. Returns out (B, T, H, Dv) and the last state. ``one_token``: T is 1."""
+        """Read after each write. Returns out (B, T, H, Dv) and the last state. ``one_token``: T is 1, after a state."""
         if self._is_operator(gates):
             out, state = self._operator(q, k, v, gates, state)
-        elif one_token:
+        elif one_token and state is not None:
             out, state = self._step(q, k, v, gates, state)
         else:
             out, state = self._chunks(q, k, v, gates, state)
@@ -53,10 +53,7 @@ class Recurrence:
             return self._sum(k, v, gates)
         if self._is_operator(gates):
             return self._operator(k, k, v, gates, None)[1]
-        heads, d_k, d_v = k.size(2), k.size(3), v.size(3) + self.normalized
-        shape = self.graph.node("Concat", self.graph.size(k, 0), self.graph.ints(heads, d_k, d_v), axis=0)
-        zeros = self.graph.value(self.graph.node("Expand", self.graph.constant(0.0), shape), k.size(0), heads, d_k, d_v)
-        return self._chunks(None, k, v, gates, zeros)[1]
+        return self._chunks(None, k, v, gates, None)[1]
 
     def read(self, q: Tensor, state: Tensor) -> Tensor:
         """Of a finished memory: (B, H, T, Dk) queries -> (B, H, T, Dv)."""
@@ -105,11 +102,18 @@ class Recurrence:
             new = new * self.graph.value(later, *decay.shape).exp()
         return k @ new
 
-    def _chunks(self, q: Optional[Tensor], k: Tensor, v: Tensor, gates: Gates, state: Tensor) -> tuple[Any, Tensor]:
+    def _chunks(
+        self, q: Optional[Tensor], k: Tensor, v: Tensor, gates: Gates, state: Optional[Tensor]
+    ) -> tuple[Any, Tensor]:
         """Chunk by chunk, and parallel within each: what is written solves a triangular system (``ops/chunkwise``).
 
-        Without queries there is no out.
+        Without queries there is no out; without a state there is nothing in it.
         """
+        if state is None:
+            heads, d_k, d_v = k.size(2), k.size(3), v.size(3) + self.normalized
+            shape = self.graph.node("Concat", self.graph.size(k, 0), self.graph.ints(heads, d_k, d_v), axis=0)
+            zeros = self.graph.node("Expand", self.graph.constant(0.0), shape)
+            state = self.graph.value(zeros, k.size(0), heads, d_k, d_v)
         logs = None if gates.decay is None else _log(gates.decay)
         given = [q, k, v, *map(_column, (gates.write, gates.erase, logs))]
 

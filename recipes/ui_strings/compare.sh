@@ -10,6 +10,7 @@ sum_memories="-- --whole-memory-update-rule sum --whole-memory-feature-map elu -
 self="--encoder-self-attention fast-weight --decoder-self-attention fast-weight --cross-attention softmax"
 convolution="--short-convolution 4"
 sum_cross="-- --cross-update-rule sum --cross-attention-normalization"
+two_directions="--encoder-reading two-directions"
 sum_elu="--rule sum --feature-map elu --attention-normalization"
 sum_dpfp="--rule sum --feature-map dpfp --dpfp-nu 1"
 delta_dpfp="--rule delta --feature-map dpfp --dpfp-nu 1"
@@ -30,8 +31,11 @@ configurations=(
     "delta, dpfp-1, convolution | encoder and decoder self-attention | conv-delta-self | $delta_dpfp $self $convolution"
     "gated delta, dpfp-1, convolution | decoder self-attention | conv-gated-decoder | $gated_dpfp $decoder $convolution"
     "gated delta, dpfp-1, convolution | encoder and decoder self-attention | conv-gated-self | $gated_dpfp $self $convolution"
+    "gated delta, dpfp-1, convolution, two directions in the encoder | encoder and decoder self-attention | two-directions-self | $gated_dpfp $self $convolution -- $two_directions"
     "delta, dpfp-1, convolution | all three places | conv-delta-all | $delta_dpfp $everywhere $convolution"
     "delta, dpfp-1, convolution; cross-attention sum, attention normalisation | all three places | conv-delta-sum-all | $delta_dpfp $everywhere $convolution $sum_cross"
+    "gated delta, dpfp-1, convolution, two directions in the encoder; cross-attention sum, attention normalisation | all three places | two-directions-all | $gated_dpfp $everywhere $convolution $sum_cross $two_directions"
+    "gated delta, dpfp-1, convolution, two directions in the encoder; cross-attention sum, attention normalisation, in the last layer softmax | all three places | two-directions-last-cross | $gated_dpfp $everywhere $convolution $sum_cross $two_directions --cross-softmax-layers 2"
 )
 
 usage() {

@@ -25,8 +25,8 @@ def _why_no_width(width: int, *_: Any) -> Optional[str]:
 class ShortConvolution(Mixing):
     """x_t ← Σ_j w_j ∘ x_{t-j}, j = 0..W-1, of each channel of q, k and v (Fu et al., 2023; Yang et al., 2024).
 
-    A key that knows the words before its own can be written for what comes after them. Where the whole memory is read
-    the keys, the values and the encoder's queries have W // 2 words before and (W - 1) // 2 after them instead. Padding
+    A key that knows the words before its own can be written for what comes after them. Where all words are there the
+    keys, the values and the encoder's queries have W // 2 words before and (W - 1) // 2 after them instead. Padding
     counts as nothing. It begins as the identity, and keeps W - 1 projections of each token.
     """
 
