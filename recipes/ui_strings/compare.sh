@@ -3,7 +3,7 @@
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-# What is compared: attention | where | name of the model | options of run.sh. Its default is conv-gated-decoder.
+# What is compared: attention | where | name of the model | options of run.sh. Its default is two-directions-self.
 everywhere="--encoder-self-attention fast-weight --decoder-self-attention fast-weight --cross-attention fast-weight"
 decoder="--encoder-self-attention softmax --decoder-self-attention fast-weight --cross-attention softmax"
 sum_memories="-- --whole-memory-update-rule sum --whole-memory-feature-map elu --whole-memory-attention-normalization"
@@ -31,11 +31,11 @@ configurations=(
     "delta, dpfp-1, convolution | encoder and decoder self-attention | conv-delta-self | $delta_dpfp $self $convolution"
     "gated delta, dpfp-1, convolution | decoder self-attention | conv-gated-decoder | $gated_dpfp $decoder $convolution"
     "gated delta, dpfp-1, convolution | encoder and decoder self-attention | conv-gated-self | $gated_dpfp $self $convolution"
-    "gated delta, dpfp-1, convolution, two directions in the encoder | encoder and decoder self-attention | two-directions-self | $gated_dpfp $self $convolution -- $two_directions"
+    "gated delta, dpfp-1, convolution, two directions in the encoder | encoder and decoder self-attention | two-directions-self | $gated_dpfp $self $convolution $two_directions"
     "delta, dpfp-1, convolution | all three places | conv-delta-all | $delta_dpfp $everywhere $convolution"
     "delta, dpfp-1, convolution; cross-attention sum, attention normalisation | all three places | conv-delta-sum-all | $delta_dpfp $everywhere $convolution $sum_cross"
-    "gated delta, dpfp-1, convolution, two directions in the encoder; cross-attention sum, attention normalisation | all three places | two-directions-all | $gated_dpfp $everywhere $convolution $sum_cross $two_directions"
-    "gated delta, dpfp-1, convolution, two directions in the encoder; cross-attention sum, attention normalisation, in the last layer softmax | all three places | two-directions-last-cross | $gated_dpfp $everywhere $convolution $sum_cross $two_directions --cross-softmax-layers 2"
+    "gated delta, dpfp-1, convolution, two directions in the encoder; cross-attention sum, attention normalisation | all three places | two-directions-all | $gated_dpfp $everywhere $convolution $two_directions $sum_cross"
+    "gated delta, dpfp-1, convolution, two directions in the encoder; cross-attention sum, attention normalisation, in the last layer softmax | all three places | two-directions-last-cross | $gated_dpfp $everywhere $convolution $two_directions $sum_cross --cross-softmax-layers 2"
 )
 
 usage() {
@@ -94,8 +94,8 @@ trap 'exit 130' INT TERM
 train_and_score() {
     local model=$1 log=compare/$1.log seed=$2
     shift 2
-    # A row without a convolution has none.
-    if "${run[@]}" --short-convolution 0 --model "$model" --seed "$seed" "$@" >"$log" 2>&1 </dev/null; then
+    # What a row does not say is not run.sh's default.
+    if "${run[@]}" --short-convolution 0 --encoder-reading whole --model "$model" --seed "$seed" "$@" >"$log" 2>&1 </dev/null; then
         say "$model: $(tail -n 1 "$log")"
     else
         say "$model: failed; see $output/$log"

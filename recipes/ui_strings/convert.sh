@@ -4,8 +4,10 @@
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 # What reads most like softmax attention.
-options=(--rule sum --feature-map learned --key-normalization none --attention-normalization)
+options=(--rule sum --feature-map learned --key-normalization none --attention-normalization --encoder-self-attention softmax
+    --encoder-reading whole)
 features=(--learned-features 128)
+# Of two options the later one counts.
 everywhere=(--encoder-self-attention fast-weight --cross-attention fast-weight)
 # Of the finetuning: its learning rates, one for each epoch, and updates until the first is reached.
 rates=1e-3,1e-4

@@ -14,7 +14,8 @@ default_feature_map=dpfp
 default_dpfp_nu=1
 default_attention_normalization=0
 default_short_convolution=4
-default_encoder_self_attention=softmax
+default_encoder_self_attention=fast-weight
+default_encoder_reading=two-directions
 default_decoder_self_attention=fast-weight
 default_cross_attention=softmax
 
@@ -56,6 +57,7 @@ fast_weight_options "$default_rule" "$default_feature_map" "$default_dpfp_nu" "$
     "$default_short_convolution"
 places="softmax fast-weight"
 option encoder-self-attention "$places" "$default_encoder_self_attention" "attention within the encoder"
+option encoder-reading "whole two-directions" "$default_encoder_reading" "how fast weights are read within the encoder"
 option decoder-self-attention "$places" "$default_decoder_self_attention" "causal attention within the decoder"
 option cross-attention "$places" "$default_cross_attention" "attention of the decoder to the encoder"
 option softmax flag 0 "softmax in all three places: the baseline"
@@ -83,6 +85,7 @@ if [[ "$encoder_self_attention $decoder_self_attention $cross_attention" == *fas
     ((data_only)) || check_attention "$width" "$heads"
     fast_weight_flags
     flags=("${attention[@]}")
+    [[ $encoder_self_attention == softmax ]] || flags+=(--encoder-reading "$encoder_reading")
     name=$rule-$feature_map
 fi
 flags+=(--encoder-self-attention "$encoder_self_attention" --decoder-self-attention "$decoder_self_attention"
