@@ -1,6 +1,9 @@
 """recipes/ui_strings/convert.sh asks run.sh for the models that its table is of."""
 
+import csv
+import re
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -58,3 +61,22 @@ def test_bad_values_are_refused_before_any_work(recipe: Path, tmp_path: Path, op
     done = script(recipe / "convert.sh", "--output", tmp_path / "out", option, value)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_table_of_the_page_is_that_of_the_results() -> None:
+    runs: dict[tuple[str, str], list[dict[str, str]]] = {}
+    with (RECIPES / "ui_strings" / "results" / "from_softmax.csv").open(newline="") as file:
+        for run in csv.DictReader(file):
+            runs.setdefault((run["attention"], run["places"]), []).append(run)
+    expected = []
+    for names, own in runs.items():
+        row = [*names, str(len(own))]
+        for figure, digits in (("bleu", 1), ("valid_nll", 3)):
+            values = [float(run[figure]) for run in own]
+            spread = f" \u00b1 {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            row.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        expected.append(row)
+    _, section = (RECIPES / "ui_strings" / "README.md").read_text().split("## From a softmax model\n")
+    table = section[section.index("| attention |") :].split("\n\n")[0]
+    rows = re.findall(r"^\| (.*) \|$", table, re.MULTILINE)
+    assert [row.split(" | ") for row in rows[2:]] == expected
