@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make fast weights of trained softmax attention: parent, converted, and finetuned, with several seeds. See README.md.
+# Make fast weights of trained softmax attention: parent, converted, finetuned, from scratch. See README.md.
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -19,8 +19,9 @@ usage() {
 Usage: bash convert.sh [OPTION]... [-- FAIRSEQ_TRAIN_OPTION...]
 
 Train a model with softmax attention with run.sh, make fast weights of its decoder self-attention, and of the attention
-in all three places, and finetune these for $epochs_after epochs. What is done already is not done again. The table is
-printed and written to OUTPUT/convert.md and OUTPUT/convert.csv. What follows -- is for the finetuning.
+in all three places, and finetune these for $epochs_after epochs. Train the same from scratch, for as long. What is done
+already is not done again. The table is printed and written to OUTPUT/convert.md and OUTPUT/convert.csv. What follows --
+is for the finetuning.
 END
 }
 
@@ -29,6 +30,8 @@ several_runs_options
 option epochs count 18 "passes over the training pairs of the model with softmax attention"
 parse_options "$@"
 enter_several_runs
+# The conversion's updates are an epoch and a half.
+epochs_in_all=$((epochs + 2 + epochs_after))
 
 # convert PLACES OPTION...: make fast weights of the parent with this seed, as PLACES-converted-seedN after an update that
 # changes nothing, and as PLACES-finetuned-seedN.
@@ -44,10 +47,22 @@ convert() {
         "${more[@]}" --lr "$rates"
 }
 
+# from_scratch PLACES OPTION...: train PLACES-scratch-seedN, the same without a parent.
+from_scratch() {
+    local places=$1
+    shift
+    "${run[@]}" --model "$places-scratch-seed$seed" --seed "$seed" --epochs "$epochs_in_all" "${options[@]}" "$@" -- \
+        "${features[@]}"
+}
+
 for seed in "${seed_list[@]}"; do
     "${run[@]}" --model "softmax-seed$seed" --seed "$seed" --epochs "$epochs" --softmax
     convert decoder
     convert all "${everywhere[@]}"
+done
+for seed in "${seed_list[@]}"; do
+    from_scratch decoder
+    from_scratch all "${everywhere[@]}"
 done
 
 [[ $venv == none ]] || python=$venv/bin/python
@@ -55,5 +70,7 @@ done
     --row softmax nowhere softmax \
     --row converted "decoder self-attention" decoder-converted \
     --row "converted and finetuned" "decoder self-attention" decoder-finetuned \
+    --row "from scratch" "decoder self-attention" decoder-scratch \
     --row converted "all three places" all-converted \
-    --row "converted and finetuned" "all three places" all-finetuned
+    --row "converted and finetuned" "all three places" all-finetuned \
+    --row "from scratch" "all three places" all-scratch
