@@ -22,6 +22,8 @@ Train a model with softmax attention with run.sh, make fast weights of its decod
 in all three places, and finetune these for $epochs_after epochs. Train the same from scratch, for as long. What is done
 already is not done again. The table is printed and written to OUTPUT/convert.md and OUTPUT/convert.csv. What follows --
 is for the finetuning.
+
+Takes 40 minutes of two cores for each seed, by estimate, 88 MB to download, 1.8 GB of disk, most of it the environment.
 END
 }
 
