@@ -16,6 +16,7 @@ import os
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,7 +171,8 @@ def plot(rows: Sequence[Sequence[str]], runs: Sequence[Run], path: Path) -> None
             axes.plot(values, [height] * len(values), "|", color="C1", markersize=9)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3, axis="x")
-    both[0].set_yticks(range(len(there)), [f"{attention}\n{places}" for attention, places, _ in there], fontsize=7)
+    labels = [f"{textwrap.fill(attention, 60)}\n{places}" for attention, places, _ in there]
+    both[0].set_yticks(range(len(there)), labels, fontsize=7)
     both[0].set_ylim(len(there) - 0.5, -0.5)
     new = path.with_suffix(".new.png")
     figure.savefig(new, dpi=150)
