@@ -62,6 +62,7 @@ for seed in "${seed_list[@]}"; do
     convert decoder
     convert all "${everywhere[@]}"
 done
+# What takes longest comes last.
 for seed in "${seed_list[@]}"; do
     from_scratch decoder
     from_scratch all "${everywhere[@]}"

@@ -4,8 +4,8 @@
 # Evaluate the models of these names, or all that train.sh has finished: with a window that slides by one token, or, for
 # rows of table 4, in one pass that carries the context from segment to segment. What is done already is not done again.
 #
-# Takes minutes on a GPU and hours on a processor for each model, whose window is read once for each word of the text: 1.2e15
-# operations for the small shape (by estimate). Rows of table 4 read the text once.
+# Takes minutes on a GPU and hours on a processor for each model, by estimate: its window is read once for each word of the
+# text. Rows of table 4 read the text once.
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
