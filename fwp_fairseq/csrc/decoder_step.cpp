@@ -27,7 +27,7 @@ using std::optional;
 const float* numbers(const Tensor& x) { return x.const_data_ptr<float>(); }
 const float* numbers(const optional<Tensor>& x) { return x ? numbers(*x) : nullptr; }
 
-// With more of them products are bound by arithmetic, and the BLAS is as good.
+// With more of them products are bound by arithmetic, and the BLAS is quicker; _MOST_ROWS of modules/few_rows_linear.py.
 constexpr int64_t kFewRows = 48;
 
 // Rows of numbers that an operation reads and the next one writes: in memory of their own, which grows, or somebody's.

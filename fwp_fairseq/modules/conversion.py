@@ -115,8 +115,7 @@ class _Pupil:
         self.errors: list[float] = []
         features = list(self.attention.features.parameters())
         others = [parameter for name, parameter in self.attention.named_parameters() if "features." not in name]
-        groups: list[dict[str, Any]] = [{"params": others}]
-        groups.append({"params": features, "lr": _LEARNING_RATE_OF_FEATURES})
+        groups: list[dict[str, Any]] = [{"params": others}, {"params": features, "lr": _LEARNING_RATE_OF_FEATURES}]
         self.optimizer = torch.optim.Adam(groups, _LEARNING_RATE)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, updates)
 
