@@ -226,7 +226,8 @@ def test_cross_attention_projects_the_source_once_and_keeps_one_matrix(config):
         step, _ = cross(query[t : t + 1], source, source, incremental_state=state, static_kv=True)
         torch.testing.assert_close(step[0], whole[t])
     assert len(calls) == 1
-    assert buffer(cross, state)["prev_key"].shape == (3, HEADS, cross.features.size, WIDTH // HEADS)
+    rows = cross.features.size if cross.slots is None else cross.slots.size
+    assert buffer(cross, state)["prev_key"].shape == (3, HEADS, rows, WIDTH // HEADS)
 
 
 @every_config

@@ -136,6 +136,7 @@ MODELS = {
     "attention normalisation": [*places("fast-weight", *PLACES), "--update-rule", "sum", "--feature-map", "elu"]
     + ["--attention-normalization"],
     "softmax in one layer": [*places("fast-weight", *PLACES), "--cross-softmax-layers", "1"],
+    "slots": [*places("fast-weight", *PLACES), "--cross-slots", "3"],
     "stages": [*places("fast-weight", *PLACES), "--short-convolution", "3", "--output-gate", "--read-layer-norm"],
     "gated delta": ["--update-rule", "gated-delta", "--decoder-learned-pos"],
     "learned": ["--update-rule", "gated-delta", "--feature-map", "learned"],

@@ -316,6 +316,8 @@ BASES = {
     + [*places("softmax"), *places("fast-weight", "cross-attention")],
     "normalised everywhere": ["--update-rule", "sum", "--attention-normalization", *places("fast-weight")]
     + ["--decoder-layers", "2"],
+    "slots": ["--cross-slots", "2", *places("fast-weight"), "--decoder-layers", "2"],
+    "slots only": ["--cross-slots", "2", *places("softmax"), *places("fast-weight", "cross-attention")],
     "softmax": places("softmax"),
 }
 CHANGES = {

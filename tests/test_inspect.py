@@ -51,7 +51,7 @@ def test_what_is_seen_is_what_was_done(config):
         else:
             torch.testing.assert_close(seen.weights, weights[:, 0])
         tokens = attention._mix(attention._project(x, x, x), attention._kept(None, 1))
-        q, k = attention.features(tokens.q, tokens.k)
+        q, k = attention.addresses(tokens)
         k, v, *gates = (None if y is None else attention.in_order(y) for y in (k, tokens.v, *attention.gates(tokens)))
         memory, _ = attention.recurrence.write(k, v, Gates(*gates))
         torch.testing.assert_close(seen.last_norm, memory[0].square().sum((1, 2)).sqrt())

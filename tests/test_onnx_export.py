@@ -138,6 +138,8 @@ def test_every_place_can_have_softmax_but_the_decoders_own(encoder: str, cross: 
         "--encoder-embed-dim 9 --encoder-attention-heads 3 --decoder-attention-heads 3",
         "--adaptive-softmax-cutoff 8,12",
         "--decoder-layers 3 --cross-softmax-layers 1,3",
+        "--cross-slots 3",
+        "--decoder-layers 3 --cross-softmax-layers 2 --cross-slots 5 --short-convolution 3 --output-gate",
         "--whole-memory-update-rule sum --whole-memory-feature-map elu --whole-memory-attention-normalization",
         "--activation-fn linear --encoder-layerdrop 0.3 --decoder-layerdrop 0.3",
     ],

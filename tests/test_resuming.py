@@ -67,10 +67,20 @@ def differing(trained: dict[str, Any], overrides: dict[str, Any]) -> str:
             {"cross_softmax_layers": "2"},
             "--cross-softmax-layers 1, and this model has --cross-softmax-layers 2",
         ),
+        (
+            {"cross_attention": "fast-weight"},
+            {"cross_slots": 16},
+            "--cross-slots 0, and this model has --cross-slots 16",
+        ),
         # What is not in use makes no difference, nor does the way of computing it.
         ({}, {}, ""),
         ({}, {"dpfp_nu": 2, "favor_features": 3, "whole_memory_update_rule": "sum"}, ""),
-        ({}, {"encoder_reading": "two-directions", "cross_softmax_layers": "2"}, ""),
+        ({}, {"encoder_reading": "two-directions", "cross_softmax_layers": "2", "cross_slots": 16}, ""),
+        (
+            {"cross_attention": "fast-weight", "cross_slots": 16},
+            {"cross_update_rule": "sum", "cross_feature_map": "elu", "cross_attention_normalization": True},
+            "",
+        ),
         ({}, {"fast_weight_backend": "loop", "dropout": 0.9}, ""),
         ({"update_rule": "sum"}, {"write_strength_bias": True, "write_strength_range": 0.5}, ""),
         ({"write_strength_range": 2}, {"write_strength_range": 2.0}, ""),

@@ -115,6 +115,8 @@ def check_options(state: Any, name: str) -> None:
         conversion = None
     before, now = (fast_weight_flags(options, with_heads=conversion is not None) for options in (trained, wanted))
     differing = [flag for flag in {**before, **now} if before.get(flag) != now.get(flag)]
+    # One that is in use in one of them only may be so because of another that differs.
+    differing.sort(key=lambda flag: not (flag in before and flag in now))
     softmax_before = [flag for flag in differing if (before.get(flag), now.get(flag)) == (_SOFTMAX, _FAST_WEIGHT)]
     if conversion is not None:
         differing = [flag for flag in differing if flag in before and flag not in softmax_before]

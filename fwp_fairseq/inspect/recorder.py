@@ -56,7 +56,7 @@ def written(attention: FastWeightAttention, inputs: dict[str, Any]) -> tuple[Ten
     """What the recurrence of an attention gets: q and k as mapped, v, and gates, in the order of each head's writes."""
     tokens = attention._project(inputs["query"], inputs["key"], inputs["value"], inputs.get("key_padding_mask"))
     tokens = attention._mix(tokens, AttentionState())
-    q, k = attention.features(tokens.q, tokens.k)
+    q, k = attention.addresses(tokens)
     gates = Gates(*(None if gate is None else attention.in_order(gate) for gate in attention.gates(tokens)))
     return attention.in_order(q), attention.in_order(k), attention.in_order(tokens.v), gates
 

@@ -163,7 +163,11 @@ def _write_cross_attention(
     program: Any, attention: Any, first: int, gives_weights: bool, histories: Iterator[int]
 ) -> None:
     _write_products(program, attention.q_proj)
-    if type(attention) is FastWeightCrossAttention:
+    if type(attention) is FastWeightCrossAttention and attention.slots is not None:
+        _need(not attention.gives_weights)
+        _write_mixing(program, attention, "q", histories)
+        program.look_at(first, attention.num_heads, False)
+    elif type(attention) is FastWeightCrossAttention:
         _need(_is_compiled(attention), not attention.gives_weights)
         _write_mixing(program, attention, "q", histories)
         features = _address(attention.features)
@@ -189,7 +193,7 @@ def _write_mixing(program: Any, attention: FastWeightAttention, parts: str, hist
             # Padding of the target hides keys, not who asks.
             program.convolve(first, attention.num_heads, flat, "k" in parts)
         else:
-            _need(stage is attention.gates)
+            _need(stage in (attention.gates, attention.slots))
 
 
 def _is_compiled(attention: FastWeightAttention) -> bool:
@@ -350,7 +354,7 @@ def _sources(decoder: Any, incremental_state: IncrementalState) -> list[Tensor]:
         if attention is None:
             continue
         kept = attention._get_input_buffer(incremental_state)
-        names = (MEMORY, NORMALIZER) if isinstance(attention, FastWeightCrossAttention) else ("prev_key", "prev_value")
+        names = attention.kept if isinstance(attention, FastWeightCrossAttention) else ("prev_key", "prev_value")
         own = {name: x.contiguous() for name in names if (x := kept.get(name)) is not None}
         if isinstance(kept, dict):
             kept.update(own)

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
-from fwp_fairseq.modules.places import CROSS_ATTENTION, DECODER_SELF_ATTENTION, ENCODER_SELF_ATTENTION
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ def convert(parameters: dict[str, Tensor], checkpoint: str, places: Collection[s
     teachers = {
         name: _softmax_attention(attention, _part(parameters, name))
         for name, attention in attentions.items()
-        if _place(attention) in places
+        if attention.place in places
     }
     for name in own.keys() - parameters.keys():
         parameters[name] = own[name].cpu()
@@ -135,12 +134,6 @@ class _Pupil:
         self.schedule.step()
         self.errors.append(float(error / expected.square().mean()))
         return expected.to(query.dtype), None
-
-
-def _place(attention: FastWeightAttention) -> str:
-    if attention.encoder_decoder_attention:
-        return CROSS_ATTENTION
-    return DECODER_SELF_ATTENTION if attention.causal else ENCODER_SELF_ATTENTION
 
 
 def _part(parameters: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from fwp_fairseq.modules.carried_state import AttentionWithState, IncrementalSta
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 from fwp_fairseq.modules.few_rows_linear import call_linears
 from fwp_fairseq.modules.key_features import KeyFeatures
+from fwp_fairseq.modules.places import CROSS_ATTENTION, DECODER_SELF_ATTENTION, ENCODER_SELF_ATTENTION
 from fwp_fairseq.modules.recurrence import Recurrence, turned
 from fwp_fairseq.modules.stages import STAGES, Mixing, Projection, ReadOut, Sizes, Stage, TokenGates, Tokens
 from fwp_fairseq.ops import UPDATE_RULES, UpdateRule
@@ -66,15 +67,15 @@ class FastWeightAttention(AttentionWithState):
         qn_block_size: int = 8,
     ) -> None:
         super().__init__()
-        config = config or FastWeightConfig()
-        in_encoder = not (causal or self.encoder_decoder_attention)
+        self.causal = causal
+        config = (config or FastWeightConfig()).for_place(self.place)
+        in_encoder = self.place == ENCODER_SELF_ATTENTION
         config.check(embed_dim, num_heads, "encoder" if in_encoder else "decoder")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
-        self.causal = causal
         self.two_directions = in_encoder and str(config.encoder_reading) == "two-directions"
         self.update_rule = config.rule.name
         self.backend = str(config.fast_weight_backend)
@@ -109,6 +110,13 @@ class FastWeightAttention(AttentionWithState):
         # Under fairseq's name, which --retain-dropout-modules goes by.
         self.dropout_module = FairseqDropout(dropout, module_name="MultiheadAttention")
         self.reset_parameters()
+
+    @property
+    def place(self) -> str:
+        """Where in a Transformer it stands, one of PLACES."""
+        if self.encoder_decoder_attention:
+            return CROSS_ATTENTION
+        return DECODER_SELF_ATTENTION if self.causal else ENCODER_SELF_ATTENTION
 
     @property
     def rule(self) -> UpdateRule:
@@ -226,6 +234,10 @@ class FastWeightAttention(AttentionWithState):
         )
         self._keep(incremental_state, state)
         return read, read_marks, tokens
+
+    def addresses(self, tokens: Tokens) -> tuple[Tensor, ...]:
+        """Queries and keys as mapped, (B, H, T, Dk) and (B, H, S, Dk), of tokens after their mixing."""
+        return self.features(tokens.q, tokens.k)
 
     def in_order(self, x: Tensor) -> Tensor:
         """(B, H, L, ...), the tokens in the order in which each head writes them; twice, they are as they were."""

@@ -62,6 +62,14 @@ _PREFIXES: dict[str, tuple[str, ...]] = {
     "whole_memory_": (ENCODER_SELF_ATTENTION, CROSS_ATTENTION),
     "cross_": (CROSS_ATTENTION,),
 }
+# What attention with slots has in their stead, since these map keys and queries themselves, and take a sum.
+_OF_SLOTS: dict[str, Any] = {
+    "update_rule": "sum",
+    "feature_map": "identity",
+    "key_normalization": "none",
+    "attention_normalization": False,
+}
+_SLOTS_STAND_FOR_IT = "--cross-slots stands for it in all places with fast weights"
 
 
 @dataclass
@@ -166,7 +174,9 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
         Where the finished memory is read nothing depends on when a query comes, and a rule that lets later tokens
         erase earlier ones need not be the best.
         """
-        chosen = {}
+        if place == CROSS_ATTENTION and self.cross_slots:
+            return replace(self, **_OF_SLOTS)
+        chosen: dict[str, Any] = {"cross_slots": 0}
         for prefix, places in _PREFIXES.items():
             if place in places:
                 chosen.update({name: value for name in _BY_PLACE if (value := getattr(self, prefix + name))})
@@ -196,23 +206,28 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
         if not places:
             return dict.fromkeys(options, "no place has fast weights")
         reasons = {}
+        matrices = [place for place in places if not (place == CROSS_ATTENTION and self.cross_slots)]
         for prefix, name in itertools.product(_PREFIXES, _BY_PLACE):
-            reason = self._why_without_effect(prefix, name, places)
+            there = set(_PREFIXES[prefix]) & set(places)
+            only_slots = there and not there & set(matrices)
+            reason = _SLOTS_STAND_FOR_IT if only_slots else self._why_without_effect(prefix, name, matrices)
             if reason is not None:
                 reasons[prefix + name] = reason
         if CROSS_ATTENTION not in places:
-            reasons["cross_softmax_layers"] = "cross-attention has no fast weights"
+            reasons |= dict.fromkeys(("cross_softmax_layers", "cross_slots"), "cross-attention has no fast weights")
         if ENCODER_SELF_ATTENTION not in places:
             reasons["encoder_reading"] = "the encoder has no fast weights"
         if not self.convert_attention:
             reasons["conversion_updates"] = "there is no --convert-attention"
         if set(places) == {ENCODER_SELF_ATTENTION}:
             reasons["decoding_weights"] = "the decoder has no fast weights"
-        in_use = [self.for_place(place) for place in PLACES if place in places]
+        in_use = [self.for_place(place) for place in PLACES if place in matrices]
         reasons.update(_of_others("feature map", FEATURE_MAPS.values(), {config.map.name for config in in_use}))
         reasons.update(_of_others("update rule", UPDATE_RULES.values(), {config.rule.name for config in in_use}))
+        if not matrices:
+            reasons["key_normalization"] = _SLOTS_STAND_FOR_IT
         for stage in STAGES:
-            why = [stage.without_effect(config) for config in in_use]
+            why = [stage.without_effect(self.for_place(place)) for place in places]
             reasons.update({name: why[0][name] for name in why[0] if all(name in each for each in why)})
         return reasons
 
@@ -343,7 +358,9 @@ def _of_others(what: str, owners: Collection[Any], in_use: set[str]) -> dict[str
     reasons = {}
     for option, having in OWNERS_OF_CHOICES.items():
         names = [owner.name for owner in having if owner in owners]
-        if names and not in_use & set(names):
+        if names and not in_use:
+            reasons[option] = _SLOTS_STAND_FOR_IT
+        elif names and not in_use & set(names):
             reasons[option] = f"it is for the {what} {' and '.join(names)}, not for {' and '.join(sorted(in_use))}"
     return reasons
 

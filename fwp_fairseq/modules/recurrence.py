@@ -3,6 +3,7 @@
 One compiled operator does all of that for a token of decoding, where it can; the operators of ``ops`` do otherwise.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Optional
 
 import torch
@@ -75,16 +76,21 @@ class Recurrence(NamedTuple):
         return read, read_marks
 
     def whole(
-        self, q: Tensor, k: Tensor, gates: Gates, features: KeyFeatures, *values: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        gates: Gates,
+        features: "Callable[[Tensor, Tensor], tuple[Tensor, ...]]",
+        *values: Tensor,
     ) -> tuple[list[Tensor], list[Tensor], Optional[Tensor]]:
         """Write all tokens, then let every query read: (B', H, T, Dv), and the memory and the normalizer.
 
-        Each of the ``values`` is written into a memory of its own. There may be more rows of queries than of what is
-        written: neighbours then share a memory, each as many.
+        ``features`` maps queries and keys. Each of the ``values`` is written into a memory of its own. There may be
+        more rows of queries than of what is written: neighbours then share a memory, each as many.
         """
         q, k = features(q, k)
         memories, normalizers = zip(*(self.write(k, v, gates) for v in values))
-        reads = [self._read(q, memory, normalizers[0]) for memory in memories]
+        reads = [self.read_mapped(q, memory, normalizers[0]) for memory in memories]
         return reads, list(memories), normalizers[0]
 
     def two_directions(
@@ -104,7 +110,7 @@ class Recurrence(NamedTuple):
             (asked,), compiled = _as_compiled(features, q)
             return native.read(asked, memory, normalizer, compiled).unsqueeze(2)
         (asked,) = features(q)
-        return self._read(asked, memory, normalizer)
+        return self.read_mapped(asked, memory, normalizer)
 
     def _is_compiled(self, q: Tensor, features: KeyFeatures) -> bool:
         """Whether one compiled operator can do all of a token's work on the memory."""
@@ -161,15 +167,25 @@ class Recurrence(NamedTuple):
             return normalized_step(q, k, v, gates, memory, normalizer)
         return fast_weight_step(q, k, v, *gates, memory, max_norm=self.max_norm)
 
-    def _read(self, q: Tensor, memory: Tensor, normalizer: Optional[Tensor]) -> Tensor:
-        # Beams read the memory that they share as if they were further time steps of one sentence.
-        rows, memories = q.size(0), memory.size(0)
-        if rows != memories:
-            q = q.unflatten(0, (memories, -1)).transpose(1, 2).flatten(2, 3)
-        read = fast_weight_read(q, memory) if normalizer is None else normalized_read(q, memory, normalizer)
-        if rows != memories:
-            read = read.unflatten(2, (rows // memories, -1)).transpose(1, 2).flatten(0, 1)
+    def read_mapped(self, q: Tensor, memory: Tensor, normalizer: Optional[Tensor]) -> Tensor:
+        """As ``read``, with queries, (B', H, T, Dk), as mapped."""
+        asked = together(q, memory)
+        read = fast_weight_read(asked, memory) if normalizer is None else normalized_read(asked, memory, normalizer)
+        return apart(read, q.size(0))
+
+
+def together(q: Tensor, memory: Tensor) -> Tensor:
+    """(B', H, T, ...) -> (B, H, B'/B T, ...): rows that share one of B memories as further time steps of one row."""
+    rows, memories = q.size(0), memory.size(0)
+    return q if rows == memories else q.unflatten(0, (memories, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def apart(read: Tensor, rows: int) -> Tensor:
+    """``together`` turned back, for so many ``rows``."""
+    memories = read.size(0)
+    if rows == memories:
         return read
+    return read.unflatten(2, (rows // memories, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def turned(x: Tensor) -> Tensor:

@@ -125,10 +125,10 @@ class FastWeights:
             return self.attention.features(*inputs)
         return tuple(x.transpose(1, 2) for x in self.attention.features(*(x.transpose(1, 2) for x in inputs)))
 
-    def read(self, q: Tensor, state: Tensor) -> Tensor:
-        """(B, H, T, D) queries before the feature map -> (B, T, H, D)."""
+    def read(self, q: Tensor, *kept: Tensor) -> Tensor:
+        """(B, H, T, D) queries before the feature map -> (B, T, H, D), of what ``memory`` gave."""
         (q,) = self.attention.features(q)
-        return self.recurrence.read(q, state).transpose(1, 2)
+        return self.recurrence.read(q, *kept).transpose(1, 2)
 
     def put_out(self, read: Tensor, query: Tensor) -> Tensor:
         """(B, T, H, D) and what asked for it, (B, T, C) -> (T, B, C)."""
@@ -185,6 +185,23 @@ class FastWeightsInTwoDirections(FastWeights):
         return torch.cat([x[:, :, :half], x[:, :, half:].flip(1)], dim=2)
 
 
+class Slots(FastWeights):
+    """Cross-attention with --cross-slots."""
+
+    def keys_and_values(self, key: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        """Of (B, S, C): those of the slots, (B, H, slots, D)."""
+        a = self.attention
+        k, v, _ = self.keys_and_gates(key, padding)
+        logits = a.slot_proj(key).unflatten(-1, (a.num_heads, a.slots.size)).transpose(1, 2)
+        shares = a.slots.keys(Tokens(projected={"slot_proj": logits}, padding=padding)).transpose(2, 3)
+        return shares @ k.transpose(1, 2), shares @ v.transpose(1, 2)
+
+    def read(self, q: Tensor, *kept: Tensor) -> Tensor:
+        """(B, H, T, D) queries -> (B, T, H, D), of keys and values of the slots."""
+        keys, values = kept
+        return (self.attention.slots.queries(q, keys) @ values).transpose(1, 2)
+
+
 class Softmax:
     """fairseq's attention to tokens that are all there."""
 
@@ -235,12 +252,17 @@ class CrossAttention:
         self.graph = graph
         self.attention = attention
         self.kind: Any = Softmax(attention)
+        self.kept: dict[str, list[Any]]
+        heads, size = attention.num_heads, attention.head_dim
         if is_fast_weight(attention):
-            self.kind = FastWeights(attention, graph, form, f"{name}.cross", states)
-        if is_fast_weight(attention):
-            self.kept: dict[str, list[Any]] = {f"{name}.memory": memory_shape(attention)}
+            kind = FastWeights if attention.slots is None else Slots
+            self.kind = kind(attention, graph, form, f"{name}.cross", states)
+        if isinstance(self.kind, Slots):
+            shape = [heads, attention.slots.size, size]
+            self.kept = {f"{name}.keys": shape, f"{name}.values": shape}
+        elif is_fast_weight(attention):
+            self.kept = {f"{name}.memory": memory_shape(attention)}
         else:
-            heads, size = attention.num_heads, attention.head_dim
             self.kept = {
                 f"{name}.keys": [heads, size, "source_length"],
                 f"{name}.values": [heads, "source_length", size],
@@ -248,6 +270,8 @@ class CrossAttention:
 
     def write(self, encoder_out: Tensor, padding: Tensor) -> Sequence[Tensor]:
         """What is kept of (B, S, C)."""
+        if isinstance(self.kind, Slots):
+            return self.kind.keys_and_values(encoder_out, padding)
         if is_fast_weight(self.attention):
             return [self.kind.memory(encoder_out, padding)]
         return self.kind.keys_and_values(encoder_out)

@@ -65,7 +65,7 @@ class ModelGraphs:
         shapes: dict[str, list[Any]] = {}
         for cross in self._cross_attentions(self._graph()):
             shapes.update(cross.kept)
-        if any(name.endswith(".keys") for name in shapes):
+        if any("source_length" in shape for shape in shapes.values()):
             shapes["source_padding"] = ["source_length"]
         return shapes
 

@@ -10,6 +10,7 @@ sum_memories="-- --whole-memory-update-rule sum --whole-memory-feature-map elu -
 self="--encoder-self-attention fast-weight --decoder-self-attention fast-weight --cross-attention softmax"
 convolution="--short-convolution 4"
 sum_cross="-- --cross-update-rule sum --cross-attention-normalization"
+slots="-- --cross-slots 32"
 two_directions="--encoder-reading two-directions"
 sum_elu="--rule sum --feature-map elu --attention-normalization"
 sum_dpfp="--rule sum --feature-map dpfp --dpfp-nu 1"
@@ -36,6 +37,7 @@ configurations=(
     "delta, dpfp-1, convolution; cross-attention sum, attention normalisation | all three places | conv-delta-sum-all | $delta_dpfp $everywhere $convolution $sum_cross"
     "gated delta, dpfp-1, convolution, two directions in the encoder; cross-attention sum, attention normalisation | all three places | two-directions-all | $gated_dpfp $everywhere $convolution $two_directions $sum_cross"
     "gated delta, dpfp-1, convolution, two directions in the encoder; cross-attention sum, attention normalisation, in the last layer softmax | all three places | two-directions-last-cross | $gated_dpfp $everywhere $convolution $two_directions $sum_cross --cross-softmax-layers 2"
+    "gated delta, dpfp-1, convolution, two directions in the encoder; cross-attention by 32 slots | all three places | two-directions-slots | $gated_dpfp $everywhere $convolution $two_directions $slots"
 )
 
 usage() {
