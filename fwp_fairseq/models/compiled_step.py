@@ -354,14 +354,19 @@ def _sources(decoder: Any, incremental_state: IncrementalState) -> list[Tensor]:
         if attention is None:
             continue
         kept = attention._get_input_buffer(incremental_state)
-        names = attention.kept if isinstance(attention, FastWeightCrossAttention) else ("prev_key", "prev_value")
-        own = {name: x.contiguous() for name in names if (x := kept.get(name)) is not None}
+        own = {name: x.contiguous() for name in _kept(attention) if (x := kept.get(name)) is not None}
         if isinstance(kept, dict):
             kept.update(own)
-        padding = kept.get("prev_key_padding_mask")
-        found += [*own.values(), torch.empty(0) if padding is None else padding.bool().contiguous()]
+        # fairseq may have numbers for a mask, which comes last.
+        found += [x.bool() if name.endswith("mask") else x for name, x in own.items()]
         found += [torch.empty(0)] * (-len(found) % _OF_SOURCES)
     return found
+
+
+def _kept(attention: Any) -> tuple[str, ...]:
+    if isinstance(attention, FastWeightCrossAttention):
+        return attention.kept
+    return "prev_key", "prev_value", "prev_key_padding_mask"
 
 
 def _histories(decoder: Any, incremental_state: IncrementalState) -> list[tuple[AttentionState, str, Tensor]]:

@@ -99,7 +99,9 @@ def learn(model: Any, teachers: Mapping[str, Any], batches: Iterator[Any], updat
         for batch in batches:
             model(**batch["net_input"])
     for name, pupil in pupils.items():
-        model.get_submodule(name).load_state_dict(pupil.attention.state_dict())
+        # What begins as its teacher has nothing to learn, and steps that only lead away from it.
+        if pupil.errors[-1] <= pupil.errors[0]:
+            model.get_submodule(name).load_state_dict(pupil.attention.state_dict())
     model.train(training)
     errors = [f"{name} {pupil.errors[0]:.2f} -> {pupil.errors[-1]:.2f}" for name, pupil in pupils.items()]
     logger.info("of the mean square of what softmax attention gives, this misses: %s", ", ".join(errors))

@@ -10,17 +10,21 @@ from fairseq.modules.fairseq_dropout import FairseqDropout
 from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor, nn
 
-from fwp_fairseq.modules.attention_state import AttentionState
+from fwp_fairseq.modules.attention_state import NORMALIZER, AttentionState
 from fwp_fairseq.modules.carried_state import AttentionWithState, IncrementalState
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 from fwp_fairseq.modules.few_rows_linear import call_linears
 from fwp_fairseq.modules.key_features import KeyFeatures
 from fwp_fairseq.modules.places import CROSS_ATTENTION, DECODER_SELF_ATTENTION, ENCODER_SELF_ATTENTION
-from fwp_fairseq.modules.recurrence import Recurrence, turned
-from fwp_fairseq.modules.stages import STAGES, Mixing, Projection, ReadOut, Sizes, Stage, TokenGates, Tokens
-from fwp_fairseq.ops import UPDATE_RULES, UpdateRule
+from fwp_fairseq.modules.recurrence import Recurrence, apart, together, turned
+from fwp_fairseq.modules.stages import STAGES, Mixing, Projection, ReadOut, Sizes, Slots, Stage, TokenGates, Tokens
+from fwp_fairseq.ops import UPDATE_RULES, Gates, UpdateRule
 from fwp_fairseq.ops.fast_weights import choose_backend
 from fwp_fairseq.ops.numerics import state_dtype
+
+# What queries choose a slot by, and which they cannot choose.
+SLOT_KEYS = "slot_keys"
+EMPTY_SLOTS = "empty_slots_mask"
 
 
 class FastWeightAttention(AttentionWithState):
@@ -34,7 +38,7 @@ class FastWeightAttention(AttentionWithState):
 
     - causal (decoder self-attention): every query reads right after its own token is written;
     - whole (``causal=False``, encoder self-attention): all tokens are written, then every query reads the finished
-      memory. FastWeightCrossAttention does so with a source;
+      memory. FastWeightCrossAttention does so with a source. ``Slots`` may stand for features and gates then;
     - in two directions (the encoder's with --encoder-reading two-directions; Zhu et al. 2024, "Vision Mamba"): half of
       the heads are causal, the others are so from the last token to the first. Order counts, and no token is hidden.
 
@@ -50,6 +54,7 @@ class FastWeightAttention(AttentionWithState):
 
     encoder_decoder_attention = False
     gates: TokenGates
+    slots: Optional[Slots]
     # Of a checkpoint in which the projections of softmax attention are one matrix.
     upgrade_state_dict_named = MultiheadAttention.upgrade_state_dict_named
 
@@ -223,21 +228,53 @@ class FastWeightAttention(AttentionWithState):
         stateless = incremental_state is None and self._carried() is None
         decoding = self.causal and incremental_state is not None
         tokens = self._mix(self._project(query, key, value, padding, decoding), state)
-        gates = self.gates(tokens)
         marks = marks_of(tokens) if weights_wanted and (stateless or not self.causal) else None
         if not self.causal:
-            given = tokens.q, tokens.k, gates, self.features, tokens.v, *([] if marks is None else [marks])
-            reads = self.recurrence.two_directions(*given) if self.two_directions else self.recurrence.whole(*given)[0]
+            values = [tokens.v, *([] if marks is None else [marks])]
+            if self.two_directions:
+                given = tokens.q, tokens.k, self.gates(tokens), self.features
+                reads = self.recurrence.two_directions(*given, *values)
+            else:
+                reads, *_ = self._write_and_read(tokens.q, tokens, values)
             return reads[0].to(query.dtype), None if marks is None else reads[1], tokens
+        gates = self.gates(tokens)
         read, read_marks = self.recurrence.causal(
             tokens.q, tokens.k, tokens.v, gates, self.features, state, decoding, marks
         )
         self._keep(incremental_state, state)
         return read, read_marks, tokens
 
+    def _write_and_read(self, q: Tensor, source: Tokens, values: list[Tensor]) -> tuple[list[Tensor], list[Any], Any]:
+        """What queries read of the ``values`` of a source, written whole, of each, and the memory of each.
+
+        Last, by name, is what else later queries need.
+        """
+        if self.slots is None:
+            given = q, source.k, self.gates(source), self.features
+            reads, memories, normalizer = self.recurrence.whole(*given, *values)
+            return reads, memories, {NORMALIZER: normalizer}
+        shares, *slots = self._into_slots(source)
+        addresses = self._by_slots(q, *slots), shares.to(source.k.dtype)
+        reads, memories, _ = self.recurrence.whole(*addresses, Gates(), lambda *mapped: mapped, *values)
+        return reads, memories, dict(zip((SLOT_KEYS, EMPTY_SLOTS), slots))
+
     def addresses(self, tokens: Tokens) -> tuple[Tensor, ...]:
         """Queries and keys as mapped, (B, H, T, Dk) and (B, H, S, Dk), of tokens after their mixing."""
-        return self.features(tokens.q, tokens.k)
+        if self.slots is None:
+            return self.features(tokens.q, tokens.k)
+        shares, *slots = self._into_slots(tokens)
+        return self._by_slots(tokens.q, *slots), shares
+
+    def _into_slots(self, source: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys as mapped, (B, H, S, slots), those of the slots, (B, H, slots, head_dim), and which are empty."""
+        assert self.slots is not None
+        shares, empty = self.slots.keys(source)
+        return shares, shares.transpose(2, 3) @ source.k.to(shares.dtype), empty
+
+    def _by_slots(self, q: Tensor, names: Tensor, empty: Tensor) -> Tensor:
+        """Queries (B', H, T, head_dim) as mapped, by the keys of slots and by which are empty."""
+        assert self.slots is not None
+        return apart(self.slots.queries(together(q, names), names, empty), q.size(0))
 
     def in_order(self, x: Tensor) -> Tensor:
         """(B, H, L, ...), the tokens in the order in which each head writes them; twice, they are as they were."""

@@ -69,7 +69,7 @@ _OF_SLOTS: dict[str, Any] = {
     "key_normalization": "none",
     "attention_normalization": False,
 }
-_SLOTS_STAND_FOR_IT = "--cross-slots stands for it in all places with fast weights"
+_SLOTS = {ENCODER_SELF_ATTENTION: "encoder_slots", CROSS_ATTENTION: "cross_slots"}
 
 
 @dataclass
@@ -174,13 +174,21 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
         Where the finished memory is read nothing depends on when a query comes, and a rule that lets later tokens
         erase earlier ones need not be the best.
         """
-        if place == CROSS_ATTENTION and self.cross_slots:
-            return replace(self, **_OF_SLOTS)
-        chosen: dict[str, Any] = {"cross_slots": 0}
+        chosen: dict[str, Any] = {name: 0 for other, name in _SLOTS.items() if other != place}
+        if self.has_slots(place):
+            return replace(self, **chosen, **_OF_SLOTS)
         for prefix, places in _PREFIXES.items():
             if place in places:
                 chosen.update({name: value for name in _BY_PLACE if (value := getattr(self, prefix + name))})
         return replace(self, **chosen)
+
+    def differs_by_place(self) -> bool:
+        """Whether a place has a rule or a map of its own."""
+        return any(getattr(self, prefix + name) for prefix in _PREFIXES if prefix for name in _BY_PLACE)
+
+    def has_slots(self, place: str) -> bool:
+        """Whether ``Slots`` are what the attention in one of PLACES has."""
+        return place in _SLOTS and getattr(self, _SLOTS[place]) != 0
 
     def layers_with_softmax(self, layers: int) -> set[int]:
         """Which of a decoder's ``layers``, counted from 1, have softmax in cross-attention all the same.
@@ -206,26 +214,29 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
         if not places:
             return dict.fromkeys(options, "no place has fast weights")
         reasons = {}
-        matrices = [place for place in places if not (place == CROSS_ATTENTION and self.cross_slots)]
+        matrices = [place for place in places if not self.has_slots(place)]
+        slots = " and ".join(f"--{_flag(name)}" for place, name in _SLOTS.items() if place in {*places} - {*matrices})
+        slots_instead = f"{slots} stands for it in all places with fast weights"
         for prefix, name in itertools.product(_PREFIXES, _BY_PLACE):
             there = set(_PREFIXES[prefix]) & set(places)
             only_slots = there and not there & set(matrices)
-            reason = _SLOTS_STAND_FOR_IT if only_slots else self._why_without_effect(prefix, name, matrices)
+            reason = slots_instead if only_slots else self._why_without_effect(prefix, name, matrices)
             if reason is not None:
                 reasons[prefix + name] = reason
         if CROSS_ATTENTION not in places:
             reasons |= dict.fromkeys(("cross_softmax_layers", "cross_slots"), "cross-attention has no fast weights")
         if ENCODER_SELF_ATTENTION not in places:
-            reasons["encoder_reading"] = "the encoder has no fast weights"
+            reasons |= dict.fromkeys(("encoder_reading", "encoder_slots"), "the encoder has no fast weights")
         if not self.convert_attention:
             reasons["conversion_updates"] = "there is no --convert-attention"
         if set(places) == {ENCODER_SELF_ATTENTION}:
             reasons["decoding_weights"] = "the decoder has no fast weights"
         in_use = [self.for_place(place) for place in PLACES if place in matrices]
-        reasons.update(_of_others("feature map", FEATURE_MAPS.values(), {config.map.name for config in in_use}))
-        reasons.update(_of_others("update rule", UPDATE_RULES.values(), {config.rule.name for config in in_use}))
+        maps, rules = {config.map.name for config in in_use}, {config.rule.name for config in in_use}
+        reasons.update(_of_others("feature map", FEATURE_MAPS.values(), maps or {slots}))
+        reasons.update(_of_others("update rule", UPDATE_RULES.values(), rules or {slots}))
         if not matrices:
-            reasons["key_normalization"] = _SLOTS_STAND_FOR_IT
+            reasons["key_normalization"] = slots_instead
         for stage in STAGES:
             why = [stage.without_effect(self.for_place(place)) for place in places]
             reasons.update({name: why[0][name] for name in why[0] if all(name in each for each in why)})
@@ -277,7 +288,12 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
             raise ValueError(
                 f"--{place}-attention-heads is {num_heads}, it must divide --{place}-embed-dim, which is {embed_dim}"
             )
-        if place == "encoder" and str(self.encoder_reading) == "two-directions" and num_heads % 2:
+        both_ways = place == "encoder" and str(self.encoder_reading) == "two-directions"
+        if both_ways and self.encoder_slots:
+            raise ValueError(
+                f"--encoder-reading is two-directions, and --encoder-slots {self.encoder_slots}: allowed is whole, or 0"
+            )
+        if both_ways and num_heads % 2:
             raise ValueError(
                 f"--encoder-attention-heads is {num_heads}, it must be even with --encoder-reading two-directions, "
                 "which takes half of them for each"
@@ -358,9 +374,7 @@ def _of_others(what: str, owners: Collection[Any], in_use: set[str]) -> dict[str
     reasons = {}
     for option, having in OWNERS_OF_CHOICES.items():
         names = [owner.name for owner in having if owner in owners]
-        if names and not in_use:
-            reasons[option] = _SLOTS_STAND_FOR_IT
-        elif names and not in_use & set(names):
+        if names and not in_use & set(names):
             reasons[option] = f"it is for the {what} {' and '.join(names)}, not for {' and '.join(sorted(in_use))}"
     return reasons
 

@@ -75,7 +75,7 @@ def _build_attention(place: str, cfg: Any, embed_dim: int, **kwargs: Any) -> Fas
             **kwargs,
         )
     except ValueError as error:
-        if config == cfg.fast_weights:
+        if not cfg.fast_weights.differs_by_place():
             raise
         raise ValueError(
             f"with the --whole-memory-* and --cross-* options in place of those they replace: {error}"

@@ -186,20 +186,27 @@ class FastWeightsInTwoDirections(FastWeights):
 
 
 class Slots(FastWeights):
-    """Cross-attention with --cross-slots."""
+    """Attention with --encoder-slots or --cross-slots."""
 
-    def keys_and_values(self, key: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-        """Of (B, S, C): those of the slots, (B, H, slots, D)."""
+    def keys_and_values(self, key: Tensor, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of (B, S, C): keys and values of the slots, (B, H, slots, D), and which are empty."""
         a = self.attention
         k, v, _ = self.keys_and_gates(key, padding)
         logits = a.slot_proj(key).unflatten(-1, (a.num_heads, a.slots.size)).transpose(1, 2)
-        shares = a.slots.keys(Tokens(projected={"slot_proj": logits}, padding=padding)).transpose(2, 3)
-        return shares @ k.transpose(1, 2), shares @ v.transpose(1, 2)
+        shares, empty = a.slots.keys(Tokens(projected={"slot_proj": logits}, padding=padding))
+        shares = shares.transpose(2, 3)
+        return shares @ k.transpose(1, 2), shares @ v.transpose(1, 2), empty
 
     def read(self, q: Tensor, *kept: Tensor) -> Tensor:
-        """(B, H, T, D) queries -> (B, T, H, D), of keys and values of the slots."""
-        keys, values = kept
-        return (self.attention.slots.queries(q, keys) @ values).transpose(1, 2)
+        """(B, H, T, D) queries -> (B, T, H, D), of what ``keys_and_values`` gave."""
+        keys, values, empty = kept
+        return (self.attention.slots.queries(q, keys, empty) @ values).transpose(1, 2)
+
+    def __call__(self, query: Tensor, *_: Any, key_padding_mask: Optional[Tensor] = None, **__: Any) -> Any:
+        x = query.transpose(0, 1)
+        assert key_padding_mask is not None
+        q = self.queries(x, key_padding_mask).transpose(1, 2)
+        return self.put_out(self.read(q, *self.keys_and_values(x, key_padding_mask)), x), None
 
 
 class Softmax:
@@ -237,6 +244,8 @@ class Softmax:
 def encoder_self_attention(attention: Any, graph: Graph, form: str) -> Any:
     if not is_fast_weight(attention):
         return Softmax(attention)
+    if attention.slots is not None:
+        return Slots(attention, graph, form)
     return (FastWeightsInTwoDirections if attention.two_directions else WholeFastWeights)(attention, graph, form)
 
 
@@ -259,7 +268,7 @@ class CrossAttention:
             self.kind = kind(attention, graph, form, f"{name}.cross", states)
         if isinstance(self.kind, Slots):
             shape = [heads, attention.slots.size, size]
-            self.kept = {f"{name}.keys": shape, f"{name}.values": shape}
+            self.kept = {f"{name}.keys": shape, f"{name}.values": shape, f"{name}.empty": [attention.slots.size]}
         elif is_fast_weight(attention):
             self.kept = {f"{name}.memory": memory_shape(attention)}
         else:

@@ -116,7 +116,7 @@ class ModelGraphs:
         }
         shapes, of_source = self.kept_of_source(), {}
         for kept_name, shape in shapes.items():
-            dtype = torch.bool if kept_name == "source_padding" else torch.float32
+            dtype = torch.bool if kept_name.endswith(("padding", ".empty")) else torch.float32
             of_source[kept_name] = graph.input(kept_name, ["sentences", *shape], dtype)
         with ExitStack() as stack:
             for layer, cross in zip(self.decoder.layers, self._cross_attentions(graph, states)):

@@ -223,6 +223,7 @@ OPERATORS: dict[str, Callable[..., str]] = {
     "rtruediv": _elementwise("Div", swapped=True),
     "rdiv": _elementwise("Div", swapped=True),
     "rmatmul": _elementwise("MatMul", swapped=True),
+    "mod": _elementwise("Mod"),
     "invert": _unary("Not"),
     "and": lambda graph, out, a, b: graph.node("And", a, b),
     "eq": _elementwise("Equal", compares=True),

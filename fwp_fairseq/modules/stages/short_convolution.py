@@ -53,7 +53,7 @@ class ShortConvolution(Mixing):
 
     @classmethod
     def is_wanted(cls, config: FastWeightConfig) -> bool:
-        return config.short_convolution > 0
+        return config.short_convolution != 0
 
     def extra_repr(self) -> str:
         return f"width={self.width}"

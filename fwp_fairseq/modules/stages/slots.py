@@ -1,4 +1,4 @@
-"""Slots: what a decoder looks at in place of the tokens of a source, always as many."""
+"""Slots: what is looked at in place of the tokens of a source, always as many."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 
 MOST_SLOTS = 1024
+# e^8 = 2,981 times the share of a token whose turn it is not.
+_TURN = 8.0
 
 
 def _why_not_so_many(slots: int, *_: Any) -> Optional[str]:
@@ -23,34 +25,41 @@ def _why_not_so_many(slots: int, *_: Any) -> Optional[str]:
     return None if allowed else f"allowed is 0, for none, or 2 to {MOST_SLOTS}"
 
 
+def _number_of(place: str, places: str) -> Option:
+    return Option(
+        f"{place}_slots",
+        0,
+        f"{places} by softmax over so many means of the source, 2 to {MOST_SLOTS}, in place of a feature map and an "
+        "update rule; 0: none",
+        why_not=_why_not_so_many,
+    )
+
+
 class Slots(Stage):
-    """φ(k_s)_j = exp(w_j x_s) / Σ_s' exp(w_j x_s') and φ(q)_j = softmax_j(q · K_j / √d), with K = Σ_s φ(k_s) ⊗ k_s.
+    """φ(k_s)_j = exp(a_sj) / Σ_s' exp(a_s'j) and φ(q)_j = softmax_j(q · K_j / √d), with K = Σ_s φ(k_s) ⊗ k_s.
 
     The memory of the values is the sum rule's, W = Σ_s φ(k_s) ⊗ v_s, and so each of its rows, a slot, is a mean of
     values under a mean of keys, K_j. It is read as softmax attention reads tokens, but their number stays the same
     ("attention with bounded-memory control", Peng et al., 2022; with gates in place of means Zhang et al., 2024, "Gated
     slot attention"). A query can choose one slot alone, which a product of features does not let it.
+
+    a_sj = w_j x_s + u [j = s mod N]: N slots take the tokens in turn, u to begin with being so large that each holds
+    those of its turn. Slots that had no token's turn are empty, and not chosen. So N tokens or fewer are read as by
+    softmax attention, and more of them share slots, as is learned.
     """
 
     name = "slots"
-    options = (
-        Option(
-            "cross_slots",
-            0,
-            f"cross-attention by softmax over so many means of the source, 2 to {MOST_SLOTS}, in place of a feature "
-            "map and an update rule; 0: none",
-            why_not=_why_not_so_many,
-        ),
-    )
+    options = (_number_of("encoder", "the encoder's attention"), _number_of("cross", "cross-attention"))
 
     def __init__(self, config: FastWeightConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
-        self.size = config.cross_slots
+        self.size = config.cross_slots if sizes.cross else config.encoder_slots
+        self.turn = nn.Parameter(torch.full((sizes.num_heads, 1, 1), _TURN))
         self._projections = (Projection("slot_proj", "key", self.size, True, _initialize),)
 
     @classmethod
     def is_wanted(cls, config: FastWeightConfig) -> bool:
-        return config.cross_slots > 0
+        return bool(config.encoder_slots or config.cross_slots)
 
     def extra_repr(self) -> str:
         return f"{self.size}"
@@ -58,21 +67,31 @@ class Slots(Stage):
     def projections(self) -> Sequence[Projection]:
         return self._projections
 
-    def keys(self, tokens: Tokens) -> Tensor:
-        """φ(k), (B, H, S, slots), in the type of the state: of each slot, the shares of the tokens."""
-        logits = tokens.projected["slot_proj"]
-        wide = logits.to(state_dtype(logits.dtype))
-        if tokens.padding is not None:
-            # Not -inf: of a source that is nothing but padding there is no share.
-            wide = wide.masked_fill(tokens.padding.bool()[:, None, :, None], torch.finfo(wide.dtype).min)
-        return wide.softmax(dim=2)
+    def keys(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """φ(k), (B, H, S, slots), in the type of the state: of each slot, the shares of the tokens.
 
-    def queries(self, q: Tensor, names: Tensor) -> Tensor:
+        And which slots are empty, (B, slots), but for the first one, of tokens that are all padding.
+        """
+        logits, padding = tokens.projected["slot_proj"], tokens.padding
+        rows, _, length, _ = logits.shape
+        wide = logits.to(state_dtype(logits.dtype))
+        if padding is None:
+            padding = torch.zeros(rows, length, dtype=torch.bool, device=logits.device)
+        padding = padding.bool()
+        before = ((~padding).long().cumsum(dim=1) - 1).clamp(min=0)
+        numbers = torch.arange(self.size, device=logits.device)
+        turns = (before % self.size)[:, :, None] == numbers
+        wide = wide + self.turn.to(wide.dtype) * turns[:, None].to(wide.dtype)
+        # Not -inf: of what is nothing but padding there is no share.
+        shares = wide.masked_fill(padding[:, None, :, None], torch.finfo(wide.dtype).min).softmax(dim=2)
+        return shares, numbers > before[:, -1:]
+
+    def queries(self, q: Tensor, names: Tensor, empty: Tensor) -> Tensor:
         """φ(q), (B, H, T, slots), of q, (B, H, T, head_dim), and K, ``names``, (B, H, slots, head_dim)."""
-        return (q.to(names.dtype) @ names.transpose(2, 3) / q.size(3) ** 0.5).softmax(dim=-1)
+        scores = (q.to(names.dtype) @ names.transpose(2, 3)) * q.size(3) ** -0.5
+        return scores.masked_fill(empty[:, None, None], -torch.inf).softmax(dim=-1)
 
 
 def _initialize(layer: nn.Linear) -> None:
-    # Shares that are all alike would make all slots alike, and their gradients.
-    nn.init.xavier_uniform_(layer.weight, gain=2.0)
+    nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
