@@ -86,7 +86,7 @@ def build_reading(config: FastWeightConfig, reading: str) -> FastWeightAttention
     if reading == "cross":
         return build_cross(config)
     if reading == "two-directions":
-        config = replace(config, encoder_reading=reading)
+        config = replace(config, encoder_reading=reading, encoder_slots=0)
     return build(config, causal=reading == "causal")
 
 

@@ -23,7 +23,7 @@ def read_one_by_one(cross: FastWeightCrossAttention, query: torch.Tensor, source
         q, k, v = cross.q_proj(query)[:, here], cross.k_proj(source)[:, here], cross.v_proj(source)[:, here]
         logits = cross.slot_proj(source)[:, head * slots : (head + 1) * slots].clone()
         for s in range(len(source)):
-            logits[s, s % slots] += cross.slots.turn[head, 0, 0]
+            logits[s, s * slots // max(slots, len(source))] += cross.slots.own[head, 0, 0]
         filled = range(min(slots, len(source)))
         keys = torch.stack([logits[:, j].softmax(0) @ k for j in filled])
         values = torch.stack([logits[:, j].softmax(0) @ v for j in filled])
@@ -35,7 +35,7 @@ def read_one_by_one(cross: FastWeightCrossAttention, query: torch.Tensor, source
 @torch.no_grad()
 def test_queries_choose_among_means_of_the_source(length):
     cross = build_slots(4)
-    cross.slots.turn.uniform_(-1, 1)
+    cross.slots.own.uniform_(-1, 1)
     query, source = inputs(5), inputs(length, seed=2)
     found, _ = cross(query, source, source)
     for row in range(3):
@@ -46,7 +46,7 @@ def test_queries_choose_among_means_of_the_source(length):
 @torch.no_grad()
 def test_with_a_slot_for_each_token_it_is_softmax_attention(side):
     cross = build_slots(7)
-    cross.slots.turn.fill_(100)
+    cross.slots.own.fill_(100)
     softmax = MultiheadAttention(WIDTH, HEADS, encoder_decoder_attention=True).double().eval()
     softmax.load_state_dict({name: x for name, x in cross.state_dict().items() if name in softmax.state_dict()})
     query, source = inputs(5), inputs(7, seed=2)

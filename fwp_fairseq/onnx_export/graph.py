@@ -86,7 +86,7 @@ class Value:
     __rmul__ = _method("__rmul__")
     __truediv__ = _method("__truediv__")
     __rtruediv__ = _method("__rtruediv__")
-    __mod__ = _method("__mod__")
+    __floordiv__ = _method("__floordiv__")
     __matmul__ = _method("__matmul__")
     __rmatmul__ = _method("__rmatmul__")
     __neg__ = _method("__neg__")

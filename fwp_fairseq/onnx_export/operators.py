@@ -223,7 +223,8 @@ OPERATORS: dict[str, Callable[..., str]] = {
     "rtruediv": _elementwise("Div", swapped=True),
     "rdiv": _elementwise("Div", swapped=True),
     "rmatmul": _elementwise("MatMul", swapped=True),
-    "mod": _elementwise("Mod"),
+    # Of numbers that are not negative, where it is no matter how they are rounded.
+    "floordiv": _elementwise("Div"),
     "invert": _unary("Not"),
     "and": lambda graph, out, a, b: graph.node("And", a, b),
     "eq": _elementwise("Equal", compares=True),

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 
 MOST_SLOTS = 1024
-# e^8 = 2,981 times the share of a token whose turn it is not.
-_TURN = 8.0
+# e^8 = 2,981 times the share that a token has of other slots.
+_OWN = 8.0
 
 
 def _why_not_so_many(slots: int, *_: Any) -> Optional[str]:
@@ -43,9 +43,9 @@ class Slots(Stage):
     ("attention with bounded-memory control", Peng et al., 2022; with gates in place of means Zhang et al., 2024, "Gated
     slot attention"). A query can choose one slot alone, which a product of features does not let it.
 
-    a_sj = w_j x_s + u [j = s mod N]: N slots take the tokens in turn, u to begin with being so large that each holds
-    those of its turn. Slots that had no token's turn are empty, and not chosen. So N tokens or fewer are read as by
-    softmax attention, and more of them share slots, as is learned.
+    a_sj = w_j x_s + u [j = ⌊s N / max(S, N)⌋]: N slots take S tokens in their order, one each or, where there are more,
+    neighbours together, with a u that to begin with leaves little to others. Slots that no token is for are empty, and
+    not chosen. So what there is to begin with is softmax attention, to the tokens or to means of neighbours.
     """
 
     name = "slots"
@@ -54,7 +54,7 @@ class Slots(Stage):
     def __init__(self, config: FastWeightConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
         self.size = config.cross_slots if sizes.cross else config.encoder_slots
-        self.turn = nn.Parameter(torch.full((sizes.num_heads, 1, 1), _TURN))
+        self.own = nn.Parameter(torch.full((sizes.num_heads, 1, 1), _OWN))
         self._projections = (Projection("slot_proj", "key", self.size, True, _initialize),)
 
     @classmethod
@@ -79,12 +79,12 @@ class Slots(Stage):
             padding = torch.zeros(rows, length, dtype=torch.bool, device=logits.device)
         padding = padding.bool()
         before = ((~padding).long().cumsum(dim=1) - 1).clamp(min=0)
-        numbers = torch.arange(self.size, device=logits.device)
-        turns = (before % self.size)[:, :, None] == numbers
-        wide = wide + self.turn.to(wide.dtype) * turns[:, None].to(wide.dtype)
+        last, numbers = before[:, -1:], torch.arange(self.size, device=logits.device)
+        own = before * self.size // (last + 1).clamp(min=self.size)
+        wide = wide + self.own.to(wide.dtype) * (own[:, :, None] == numbers)[:, None].to(wide.dtype)
         # Not -inf: of what is nothing but padding there is no share.
         shares = wide.masked_fill(padding[:, None, :, None], torch.finfo(wide.dtype).min).softmax(dim=2)
-        return shares, numbers > before[:, -1:]
+        return shares, numbers > last
 
     def queries(self, q: Tensor, names: Tensor, empty: Tensor) -> Tensor:
         """φ(q), (B, H, T, slots), of q, (B, H, T, head_dim), and K, ``names``, (B, H, slots, head_dim)."""
