@@ -70,6 +70,7 @@ def begin(flags: Flags, data: Path, folder: Path, parent: Path, **given: Any) ->
         ((*OURS, *SOFTMAX), (*OURS, *EVERYWHERE, "--update-rule", "gated-delta", *BOTH_WAYS), "separate"),
         ((*OURS, *SOFTMAX), (*OURS, "--short-convolution", 2, "--no-attention-bias"), "separate"),
         ((*OURS, *SOFTMAX), (*OURS, *EVERYWHERE, "--cross-softmax-layers", 2), "separate"),
+        ((*OURS, *SOFTMAX), (*OURS, *EVERYWHERE, "--encoder-slots", 3, "--cross-slots", 2), "separate"),
         ((*OURS, *places("fast-weight", "decoder-self-attention")), (*OURS, *EVERYWHERE), "separate"),
         (FAIRSEQS, (*OURS, *EVERYWHERE, "--feature-map", "favor"), "fused"),
         (FAIRSEQS_LM, OUR_LM, "separate"),
@@ -79,6 +80,7 @@ def begin(flags: Flags, data: Path, folder: Path, parent: Path, **given: Any) ->
         "ours",
         "other parts",
         "but a layer",
+        "slots",
         "one place more",
         "fairseq's of old",
         "fairseq's lm",
@@ -177,6 +179,19 @@ def test_the_hours_of_the_checkpoint_that_a_training_begins_with_are_not_its_own
 def outputs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(**batch)[0]
+
+
+@pytest.mark.parametrize("updates", [0, 4])
+def test_slots_for_all_tokens_begin_as_their_parent_and_learn_nothing_that_leads_away(
+    small_corpus: Corpus, parent_of: ParentOf, tmp_path: Path, updates: int
+) -> None:
+    data, path = small_corpus.translation, parent_of((*OURS, *SOFTMAX))
+    parent = trainer_of((*OURS, *SOFTMAX), data=data).get_model()
+    parent.load_state_dict(saved(path)["model"])
+    flags = (*OURS, *EVERYWHERE, "--decoder-self-attention", "softmax", "--encoder-slots", 64, "--cross-slots", 64)
+    trainer, _ = begin(flags, data, tmp_path, path, conversion_updates=updates)
+    model, batch = trainer.get_model(), translation_batch(parent, 8)
+    torch.testing.assert_close(outputs(model, batch), outputs(parent, batch), rtol=0, atol=0.02)
 
 
 LEARNED = ("--update-rule", "sum", "--feature-map", "learned", "--key-normalization", "none")

@@ -45,10 +45,11 @@ def test_every_seed_has_a_parent_and_what_is_made_of_it(recipe: Path, tmp_path: 
             assert f"--model {kind}-seed{seed} --seed {seed}" in line
             assert f"--finetune-from-model models/softmax-seed{seed}/checkpoint_best.pt --convert-attention" in line
             assert ("--cross-attention fast-weight" in line) == kind.startswith("all")
+            assert ("--encoder-slots 64 --cross-slots 64" in line) == kind.startswith("all")
             assert ("--lr 0 --max-update 1" in line) == kind.endswith("converted") and "--dropout 0.3" in line
         for places, line in zip(("decoder", "all"), scratch, strict=True):
             assert f"--model {places}-scratch-seed{seed} --seed {seed} --epochs 9 --rule sum" in line
-            assert ("--cross-attention fast-weight" in line) == (places == "all")
+            assert ("--cross-attention fast-weight" in line) == ("--cross-slots 64" in line) == (places == "all")
             assert "--finetune-from-model" not in line and "--dropout" not in line
     table = (output / "convert.md").read_text()
     assert done.stdout.endswith(table) and table.count("| 30.5 \u00b1 0.0 | 100.0 \u00b1 0.0 |") == 7

@@ -7,8 +7,9 @@
 options=(--rule sum --feature-map learned --key-normalization none --attention-normalization --encoder-self-attention softmax
     --encoder-reading whole)
 features=(--learned-features 128)
-# Of two options the later one counts.
+# Of two options the later one counts. 64 slots have as many numbers as a memory of 128 features.
 everywhere=(--encoder-self-attention fast-weight --cross-attention fast-weight)
+slots=(--encoder-slots 64 --cross-slots 64)
 # Of the finetuning: its learning rates, one for each epoch, and updates until the first is reached.
 rates=1e-3,1e-4
 epochs_after=2
@@ -42,6 +43,7 @@ convert() {
     shift
     local more=(--finetune-from-model "models/softmax-seed$seed/checkpoint_best.pt" --convert-attention "${schedule[@]}"
         "${features[@]}")
+    [[ $places != all ]] || more+=("${slots[@]}")
     more+=(${extra[@]+"${extra[@]}"})
     "${run[@]}" --model "$places-converted-seed$seed" --seed "$seed" --epochs 1 "${options[@]}" "$@" -- \
         "${more[@]}" --lr 0 --max-update 1
@@ -51,10 +53,11 @@ convert() {
 
 # from_scratch PLACES OPTION...: train PLACES-scratch-seedN, the same without a parent.
 from_scratch() {
-    local places=$1
+    local places=$1 more=("${features[@]}")
     shift
+    [[ $places != all ]] || more+=("${slots[@]}")
     "${run[@]}" --model "$places-scratch-seed$seed" --seed "$seed" --epochs "$epochs_in_all" "${options[@]}" "$@" -- \
-        "${features[@]}"
+        "${more[@]}"
 }
 
 for seed in "${seed_list[@]}"; do
