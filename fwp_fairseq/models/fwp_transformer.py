@@ -30,7 +30,12 @@ from fwp_fairseq.modules.conversion import check_shapes
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 from fwp_fairseq.modules.fast_weight_cross_attention import FastWeightCrossAttention
-from fwp_fairseq.modules.fast_weight_layers import FastWeightDecoderLayer, FastWeightEncoderLayer, wrap_layer
+from fwp_fairseq.modules.fast_weight_layers import (
+    FastWeightDecoderLayer,
+    FastWeightEncoderLayer,
+    is_own,
+    wrap_layer,
+)
 from fwp_fairseq.modules.few_rows_linear import use_few_rows_linear
 from fwp_fairseq.modules.int8_encoder import use_int8_encoder
 from fwp_fairseq.modules.places import (
@@ -317,13 +322,13 @@ class FWPTransformerModel(LogsMemory, LoadsCheckpoints, PicklesWhenPrepared, Tra
 
     @classmethod
     def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Module) -> nn.Module:
-        if ENCODER_SELF_ATTENTION not in cfg.fast_weight_places:
+        if not is_own(ENCODER_SELF_ATTENTION, cfg):
             return super().build_encoder(cfg, src_dict, embed_tokens)
         return FWPTransformerEncoder(cfg, src_dict, embed_tokens)
 
     @classmethod
     def build_decoder(cls, cfg: Any, tgt_dict: Any, embed_tokens: nn.Module) -> nn.Module:
-        if not {DECODER_SELF_ATTENTION, CROSS_ATTENTION} & cfg.fast_weight_places:
+        if not any(is_own(place, cfg) for place in (DECODER_SELF_ATTENTION, CROSS_ATTENTION)):
             return super().build_decoder(cfg, tgt_dict, embed_tokens)
         return FWPTransformerDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 

@@ -25,6 +25,7 @@ from fwp_fairseq.models.memory_log import LogsMemory
 from fwp_fairseq.models.options import name_dropout, plain_options
 from fwp_fairseq.modules.carried_state import CarriesState
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
+from fwp_fairseq.modules.fast_weight_layers import is_own
 from fwp_fairseq.modules.places import DECODER_SELF_ATTENTION, PLACE_FIELDS, AttentionKind
 
 _FOLLOWS = {"decoder_input_dim": "decoder_embed_dim", "decoder_output_dim": "decoder_embed_dim"}
@@ -115,7 +116,7 @@ class FWPTransformerLanguageModel(LanguageModel):
     @classmethod
     def build_decoder(cls, cfg: Any, args: Any, dictionary: Any, embed_tokens: nn.Module) -> nn.Module:
         attach_fast_weights(cfg, args, (DECODER_SELF_ATTENTION,))
-        decoder = FWPTransformerDecoder if cfg.fast_weight_places else TransformerDecoderBase
+        decoder = FWPTransformerDecoder if is_own(DECODER_SELF_ATTENTION, cfg) else TransformerDecoderBase
         return decoder(cfg, dictionary, embed_tokens, no_encoder_attn=True)
 
 

@@ -105,6 +105,10 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
             "fast weights"
         },
     )
+    softmax_short_convolution: int = field(
+        default=0,
+        metadata={"help": "--short-convolution of the places with softmax, which that leaves as they are; 0: none"},
+    )
     encoder_reading: ChoiceEnum(list(ENCODER_READINGS)) = field(  # type: ignore[valid-type]
         default="whole",
         metadata={
@@ -190,12 +194,16 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
             )
         return chosen
 
-    def without_effect(self, places: Collection[str]) -> dict[str, str]:
-        """Options that change nothing in a model with fast weights in these places, and why."""
+    def without_effect(self, places: Collection[str], there: Collection[str] = PLACES) -> dict[str, str]:
+        """Options that change nothing in a model with fast weights in these places of those that are there, and why."""
         options = [option.name for option in fields(self) if option.name not in ("_name", "cpu")]
         if not places:
-            return dict.fromkeys(options, "no place has fast weights")
+            reasons = dict.fromkeys(options, "no place has fast weights")
+            del reasons["softmax_short_convolution"]
+            return reasons
         reasons = {}
+        if set(there) <= set(places) and not self.cross_softmax_layers:
+            reasons["softmax_short_convolution"] = "no place has softmax"
         for prefix, name in itertools.product(_PREFIXES, _BY_PLACE):
             reason = self._why_without_effect(prefix, name, places)
             if reason is not None:
