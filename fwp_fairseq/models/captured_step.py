@@ -138,7 +138,7 @@ def is_known(decoder: Any) -> bool:
     return (
         decoder.can_read_ahead()
         and all(type(layer) is FastWeightDecoderLayer for layer in decoder.layers)
-        and all(isinstance(x, (FastWeightAttention, MultiheadAttention)) for x in _attentions(decoder))
+        and all(type(x) is MultiheadAttention or isinstance(x, FastWeightAttention) for x in _attentions(decoder))
         and not _has_any_global_hook()
         and all(_is_known(module, module is decoder) for module in decoder.modules())
     )

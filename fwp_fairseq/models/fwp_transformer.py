@@ -156,7 +156,8 @@ def attach_fast_weights(cfg: TransformerConfig, args: Any, places: tuple[str, ..
         )
     of_architecture = Namespace()
     ARCH_CONFIG_REGISTRY.get(getattr(args, "_name", None) or getattr(args, "arch", None), vars)(of_architecture)
-    cfg.fast_weights.warn_without_effect(cfg.fast_weight_places, vars(of_architecture))
+    there = {*places} - ({CROSS_ATTENTION} if cfg.no_cross_attention else set())
+    cfg.fast_weights.warn_without_effect(cfg.fast_weight_places, there, vars(of_architecture))
 
 
 class FWPTransformerEncoder(TransformerEncoderBase):

@@ -20,26 +20,29 @@ _CONVOLVED = "convolved"
 class ConvolvedSoftmaxAttention(MultiheadAttention):
     """MultiheadAttention whose projections go through ``ShortConvolution`` (--softmax-short-convolution).
 
-    All else is fairseq's: its forward pass calls what is here in place of its projections. In incremental decoding the
-    search keeps, beside fairseq's keys and values, which grow, the last projections that the convolution needs.
-
-    Raises ValueError for a width that is not allowed.
+    The rest is fairseq's, whose forward pass calls ``_project`` in place of the linear layers. In incremental decoding
+    a search keeps, beside fairseq's keys and values of all tokens, the last W - 1 projections.
     """
 
     def __init__(
         self, embed_dim: int, num_heads: int, config: FastWeightConfig, *, causal: bool = False, **options: Any
     ) -> None:
+        """``options`` are fairseq's. Raises ValueError for a width that is not allowed."""
         super().__init__(embed_dim, num_heads, **options)
-        width = config.softmax_short_convolution
-        (option,) = ShortConvolution.options
-        replace(option, name="softmax_short_convolution").check(width, self.head_dim, "", "")
         self.causal = causal
-        self.short_convolution = ShortConvolution(
-            replace(config, short_convolution=width),
-            Sizes(num_heads, self.head_dim, causal, self.encoder_decoder_attention),
-        )
-        # Or else it would multiply by the weights of the projections without calling them.
+        (option,) = ShortConvolution.options
+        own: dict[str, Any] = {option.name: config.softmax_short_convolution}
+        replace(option, name="softmax_short_convolution").check(own[option.name], self.head_dim, "head size", "")
+        sizes = Sizes(num_heads, self.head_dim, causal, self.encoder_decoder_attention)
+        self.short_convolution = ShortConvolution(replace(config, **own), sizes)
+        # Without it fairseq has torch multiply by the weights of the linear layers, past these.
         self._set_skip_embed_dim_check()
+
+    def __prepare_scriptable__(self) -> Any:
+        """torch.jit.script asks every module for what it shall compile in its stead."""
+        raise NotImplementedError(
+            "torch.jit.script cannot compile --softmax-short-convolution: use torch.compile, or train without it"
+        )
 
     def forward(
         self,
@@ -48,27 +51,32 @@ class ConvolvedSoftmaxAttention(MultiheadAttention):
         value: Optional[Tensor],
         key_padding_mask: Optional[Tensor] = None,
         incremental_state: Optional[IncrementalState] = None,
-        *args: Any,
+        *more: Any,
         **options: Any,
     ) -> tuple[Tensor, Optional[Tensor]]:
         """As fairseq's."""
         state = self.get_incremental_state(incremental_state, _CONVOLVED) or AttentionState()
-        called = copy.copy(self)
+        # What belongs to one call must not be on the module: threads share it.
+        this_call = copy.copy(self)
         for part in "qkv":
-            vars(called)[f"{part}_proj"] = partial(self._project, part, state, key_padding_mask)
-        out = MultiheadAttention.forward(called, query, key, value, key_padding_mask, incremental_state, *args, **options)
+            this_call.__dict__[f"{part}_proj"] = partial(self._project, part, state, key_padding_mask)
+        out = MultiheadAttention.forward(
+            this_call, query, key, value, key_padding_mask, incremental_state, *more, **options
+        )
         self.set_incremental_state(incremental_state, _CONVOLVED, state)
         return out
 
     def _project(self, part: str, state: AttentionState, padding: Optional[Tensor], x: Tensor) -> Tensor:
-        """(L, B, inputs) -> (L, B, embed_dim), by the projection of the queries, keys or values, and the convolution."""
+        """Queries, keys or values, (L, B, embed_dim), of (L, B, inputs). padding: (B, S), of the keys."""
         projected = getattr(self, f"{part}_proj")(x)
-        length, rows, width = projected.shape
-        heads = projected.reshape(length, rows, self.num_heads, self.head_dim).permute(1, 2, 0, 3)
-        asks = self.encoder_decoder_attention and part == "q"
-        tokens = Tokens(padding=None if asks else padding)._replace(**{part: heads})
-        mixed = getattr(self.short_convolution(tokens, state if self.causal or asks else AttentionState()), part)
-        return mixed.permute(2, 0, 1, 3).reshape(length, rows, width)
+        # Padding is of the source then.
+        asks_source = self.encoder_decoder_attention and part == "q"
+        tokens = Tokens(
+            **{part: projected.unflatten(2, (self.num_heads, -1)).permute(1, 2, 0, 3)},
+            padding=None if asks_source else padding,
+        )
+        mixed = getattr(self.short_convolution(tokens, state if self.causal or asks_source else AttentionState()), part)
+        return mixed.permute(2, 0, 1, 3).reshape(projected.shape)
 
     def reorder_incremental_state(self, incremental_state: IncrementalState, new_order: Tensor) -> IncrementalState:
         """Let row i go on from what row ``new_order[i]`` has. fairseq calls this of every module."""

@@ -197,10 +197,9 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
     def without_effect(self, places: Collection[str], there: Collection[str] = PLACES) -> dict[str, str]:
         """Options that change nothing in a model with fast weights in these places of those that are there, and why."""
         options = [option.name for option in fields(self) if option.name not in ("_name", "cpu")]
+        of_softmax = ("softmax_short_convolution", *(["decoding_weights"] if self.softmax_short_convolution else []))
         if not places:
-            reasons = dict.fromkeys(options, "no place has fast weights")
-            del reasons["softmax_short_convolution"]
-            return reasons
+            return {option: "no place has fast weights" for option in options if option not in of_softmax}
         reasons = {}
         if set(there) <= set(places) and not self.cross_softmax_layers:
             reasons["softmax_short_convolution"] = "no place has softmax"
@@ -214,7 +213,7 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
             reasons["encoder_reading"] = "the encoder has no fast weights"
         if not self.convert_attention:
             reasons["conversion_updates"] = "there is no --convert-attention"
-        if set(places) == {ENCODER_SELF_ATTENTION}:
+        if set(places) == {ENCODER_SELF_ATTENTION} and "decoding_weights" not in of_softmax:
             reasons["decoding_weights"] = "the decoder has no fast weights"
         in_use = [self.for_place(place) for place in PLACES if place in places]
         reasons.update(_of_others("feature map", FEATURE_MAPS.values(), {config.map.name for config in in_use}))
@@ -246,10 +245,10 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
             said = of_place[-1]
         return f"--{_flag(said + name)} says so already" if earlier else None
 
-    def warn_without_effect(self, places: Collection[str], defaults: Mapping[str, Any]) -> None:
+    def warn_without_effect(self, places: Collection[str], there: Collection[str], defaults: Mapping[str, Any]) -> None:
         """Log a warning for each option that was set in vain. ``defaults``: those of the architecture."""
         standard = {option.name: option.default for option in fields(self)}
-        for name, reason in self.without_effect(places).items():
+        for name, reason in self.without_effect(places, there).items():
             value = getattr(self, name)
             if value != defaults.get(name, standard[name]):
                 flag = f"--{_flag(name)}" + ("" if value is True else f" {value}")

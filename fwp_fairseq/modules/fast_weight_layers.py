@@ -65,10 +65,12 @@ def _build_attention(place: str, cfg: Any, embed_dim: int, **kwargs: Any) -> nn.
     side = cfg.encoder if place == ENCODER_SELF_ATTENTION else cfg.decoder
     has_fast_weights = place in cfg.fast_weight_places
     if side.xformers_att_config is not None:
-        what = "fast-weight attention has" if has_fast_weights else "--softmax-short-convolution acts in"
+        what, instead = "--softmax-short-convolution", "that"
+        if has_fast_weights:
+            what, instead = "fast-weight attention", "choose softmax for this place"
         raise ValueError(
-            f"xformers_att_config is {side.xformers_att_config!r}, but {what} no xFormers form: leave it out, or choose "
-            "softmax for this place"
+            f"xformers_att_config is {side.xformers_att_config!r}, but {what} has no xFormers form: leave it out, or "
+            f"{instead}"
         )
     kwargs.update(
         dropout=cfg.attention_dropout, q_noise=cfg.quant_noise.pq, qn_block_size=cfg.quant_noise.pq_block_size
