@@ -20,6 +20,7 @@ from tiny_models import (
 from torch import Tensor
 from torch.nn import functional as F
 
+from fwp_fairseq.fairseq_mends import checkpoint_options
 from fwp_fairseq.models.captured_step import is_known
 from fwp_fairseq.models.compiled_step import program_of
 from fwp_fairseq.modules import FastWeightConfig
@@ -257,6 +258,14 @@ FAST_WEIGHTS = dict.fromkeys((place.replace("-", "_") for place in PLACES), "fas
 def test_a_checkpoint_with_another_width_is_refused_where_a_place_has_softmax(trained, now, expected):
     message = differing({**DELTA, **trained}, {"softmax_short_convolution": now})
     assert (expected in message) if expected else message == ""
+
+
+def test_a_checkpoint_that_has_it_is_not_converted():
+    trained = {"_name": "fwp_transformer", **dict.fromkeys(FAST_WEIGHTS, "softmax"), "softmax_short_convolution": 4}
+    conversion = checkpoint_options.Conversion("a.pt", None)
+    with checkpoint_options._set(checkpoint_options._conversion, conversion):
+        message = differing(trained, FAST_WEIGHTS)
+    assert message.startswith("a.pt was trained with --softmax-short-convolution 4, and --convert-attention makes")
 
 
 @pytest.mark.filterwarnings("ignore")  # torch calls it deprecated

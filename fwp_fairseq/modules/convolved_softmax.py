@@ -69,13 +69,12 @@ class ConvolvedSoftmaxAttention(MultiheadAttention):
     def _project(self, part: str, state: AttentionState, padding: Optional[Tensor], x: Tensor) -> Tensor:
         """Queries, keys or values, (L, B, embed_dim), of (L, B, inputs). padding: (B, S), of the keys."""
         projected = getattr(self, f"{part}_proj")(x)
-        # Padding is of the source then.
-        asks_source = self.encoder_decoder_attention and part == "q"
+        of_keys = not (self.encoder_decoder_attention and part == "q")
         tokens = Tokens(
             **{part: projected.unflatten(2, (self.num_heads, -1)).permute(1, 2, 0, 3)},
-            padding=None if asks_source else padding,
+            padding=padding if of_keys else None,
         )
-        mixed = getattr(self.short_convolution(tokens, state if self.causal or asks_source else AttentionState()), part)
+        mixed = getattr(self.short_convolution(tokens, state), part)
         return mixed.permute(2, 0, 1, 3).reshape(projected.shape)
 
     def reorder_incremental_state(self, incremental_state: IncrementalState, new_order: Tensor) -> IncrementalState:
