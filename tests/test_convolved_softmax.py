@@ -6,7 +6,10 @@ import pickle
 
 import pytest
 import torch
+from fairseq.sequence_generator import SequenceGenerator
 from test_models import assert_same_model, generate, loss_and_gradients
+from test_parallel_prefix import assert_same
+from test_parallel_prefix import generate as generate_with
 from test_resuming import DELTA, differing
 from tiny_models import (
     PLACES,
@@ -25,6 +28,7 @@ from fwp_fairseq.models.captured_step import is_known
 from fwp_fairseq.models.compiled_step import program_of
 from fwp_fairseq.modules import FastWeightConfig
 from fwp_fairseq.modules.convolved_softmax import ConvolvedSoftmaxAttention
+from fwp_fairseq.tasks.parallel_prefix import ParallelPrefixGenerator
 
 WIDTH = ["--softmax-short-convolution", "4"]
 SOFTMAX = [*places("softmax"), *WIDTH]
@@ -165,6 +169,24 @@ def test_beams_take_their_convolutions_with_them(flags):
     assert len({tuple(h["tokens"].tolist()) for row in cached for h in row}) > 4
     for ours, theirs in zip(cached, recomputed):
         assert [h["tokens"].tolist() for h in ours] == [h["tokens"].tolist() for h in theirs]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*places("fast-weight", "decoder-self-attention"), *WIDTH],
+        [*places("fast-weight"), "--short-convolution", "4"],
+        ["--short-convolution", "4"],
+    ],
+    ids=["softmax over the source", "fast weights of the source", "in the target alone"],
+)
+def test_what_goes_on_from_a_given_beginning_is_the_same(flags):
+    model = drawn_translation([*flags, "--decoder-layers", "2"])
+    batch = translation_batch(model)
+    prefix = batch.pop("prev_output_tokens")[:, 1:5]
+    expected, _ = generate_with(SequenceGenerator, [model], prefix, 3, batch)
+    found, _ = generate_with(ParallelPrefixGenerator, [model], prefix, 3, batch)
+    assert_same(found, expected)
 
 
 def test_a_language_model_decodes_as_in_the_parallel_pass_and_carries_no_state():

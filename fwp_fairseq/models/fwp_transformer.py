@@ -47,6 +47,7 @@ from fwp_fairseq.modules.places import (
     AttentionKind,
     places_with_fast_weights,
 )
+from fwp_fairseq.modules.stages import Mixing
 from fwp_fairseq.ops import UPDATE_RULES, native
 
 logger = logging.getLogger(__name__)
@@ -236,14 +237,20 @@ class FWPTransformerDecoder(CapturesSteps, CarriesState, TransformerDecoderBase)
         return features, extra
 
     def can_read_ahead(self) -> bool:
-        """Whether all that decoding keeps of earlier tokens are fast weights."""
+        """Whether all that decoding keeps of earlier tokens is of self-attention, as what ``carry`` yields is."""
+        cross = (self.layers[i].encoder_attn for i in range(len(self.layers)))
+        mixing = any(isinstance(stage, Mixing) for each in cross if each is not None for stage in each.modules())
+        return self.keeps_constant_state() and not mixing
+
+    def keeps_constant_state(self) -> bool:
+        """Whether all that self-attention keeps of earlier tokens are fast weights."""
         return not self.cross_self_attention and all(
             isinstance(attention, FastWeightAttention) for attention in self.self_attentions()
         )
 
     def buffered_future_mask(self, tensor: Tensor) -> Optional[Tensor]:
         """None where no layer looks at it: its size is quadratic in the length."""
-        return None if self.can_read_ahead() else super().buffered_future_mask(tensor)
+        return None if self.keeps_constant_state() else super().buffered_future_mask(tensor)
 
     def make_generation_fast_(self, **kwargs: Any) -> None:
         """fairseq calls this of every module of a model that is going to generate."""
