@@ -333,6 +333,7 @@ CHANGES = {
     "cross_attention_normalization": (),
     "cross_softmax_layers": ("2",),
     "encoder_reading": ("two-directions",),
+    "softmax_short_convolution": ("4",),
     "no_attention_bias": (),
     **{
         option.name: () if option.type is bool else (str(another_value(option)),)

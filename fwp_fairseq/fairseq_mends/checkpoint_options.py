@@ -73,7 +73,7 @@ def fast_weight_flags(options: Mapping[str, Any], with_heads: bool = False) -> d
     config = FastWeightConfig.from_args(namespace)
     # These change how it is computed, or what is said of it.
     ignored = {"_name", "cpu", "fast_weight_backend", "decoding_weights", "log_memory"}
-    ignored.update(("convert_attention", "conversion_updates"), config.without_effect(places))
+    ignored.update(("convert_attention", "conversion_updates"), config.without_effect(places, there))
     # Those of every model first: what a map or a rule has follows from these.
     for name in sorted((option.name for option in fields(config)), key=lambda name: name in OWNERS_OF_CHOICES):
         if name not in ignored:
@@ -119,7 +119,13 @@ def check_options(state: Any, name: str) -> None:
     differing.sort(key=lambda flag: not (flag in before and flag in now))
     softmax_before = [flag for flag in differing if (before.get(flag), now.get(flag)) == (_SOFTMAX, _FAST_WEIGHT)]
     if conversion is not None:
-        differing = [flag for flag in differing if flag in before and flag not in softmax_before]
+        differing = [flag for flag in differing if flag in before and flag in now and flag not in softmax_before]
+        width = before.get("softmax-short-convolution", "0")
+        if width != "0":
+            raise ValueError(
+                f"{name} was trained with --softmax-short-convolution {width}, and --convert-attention makes fast "
+                "weights of softmax without it alone"
+            )
     if differing:
         flag, advice = differing[0], "give it the flags of its training"
         if flag in softmax_before and _wanted.get() is not None:

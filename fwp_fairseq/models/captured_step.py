@@ -62,7 +62,7 @@ class CapturesSteps:
     embed_positions: Any
     layers: Any
     training: bool
-    can_read_ahead: Callable[[], bool]
+    keeps_constant_state: Callable[[], bool]
     get_incremental_state: Callable[..., Any]
     set_incremental_state: Callable[..., Any]
 
@@ -136,9 +136,9 @@ def can_be_captured(decoder: Any) -> bool:
 def is_known(decoder: Any) -> bool:
     """Whether its state does not grow, and nobody but this package, fairseq and torch has a part in its steps."""
     return (
-        decoder.can_read_ahead()
+        decoder.keeps_constant_state()
         and all(type(layer) is FastWeightDecoderLayer for layer in decoder.layers)
-        and all(isinstance(x, (FastWeightAttention, MultiheadAttention)) for x in _attentions(decoder))
+        and all(type(x) is MultiheadAttention or isinstance(x, FastWeightAttention) for x in _attentions(decoder))
         and not _has_any_global_hook()
         and all(_is_known(module, module is decoder) for module in decoder.modules())
     )

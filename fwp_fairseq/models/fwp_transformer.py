@@ -30,7 +30,12 @@ from fwp_fairseq.modules.conversion import check_shapes
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
 from fwp_fairseq.modules.fast_weight_cross_attention import FastWeightCrossAttention
-from fwp_fairseq.modules.fast_weight_layers import FastWeightDecoderLayer, FastWeightEncoderLayer, wrap_layer
+from fwp_fairseq.modules.fast_weight_layers import (
+    FastWeightDecoderLayer,
+    FastWeightEncoderLayer,
+    is_own,
+    wrap_layer,
+)
 from fwp_fairseq.modules.few_rows_linear import use_few_rows_linear
 from fwp_fairseq.modules.int8_encoder import use_int8_encoder
 from fwp_fairseq.modules.places import (
@@ -42,6 +47,7 @@ from fwp_fairseq.modules.places import (
     AttentionKind,
     places_with_fast_weights,
 )
+from fwp_fairseq.modules.stages import Mixing
 from fwp_fairseq.ops import UPDATE_RULES, native
 
 logger = logging.getLogger(__name__)
@@ -151,7 +157,8 @@ def attach_fast_weights(cfg: TransformerConfig, args: Any, places: tuple[str, ..
         )
     of_architecture = Namespace()
     ARCH_CONFIG_REGISTRY.get(getattr(args, "_name", None) or getattr(args, "arch", None), vars)(of_architecture)
-    cfg.fast_weights.warn_without_effect(cfg.fast_weight_places, vars(of_architecture))
+    there = {*places} - ({CROSS_ATTENTION} if cfg.no_cross_attention else set())
+    cfg.fast_weights.warn_without_effect(cfg.fast_weight_places, there, vars(of_architecture))
 
 
 class FWPTransformerEncoder(TransformerEncoderBase):
@@ -230,14 +237,20 @@ class FWPTransformerDecoder(CapturesSteps, CarriesState, TransformerDecoderBase)
         return features, extra
 
     def can_read_ahead(self) -> bool:
-        """Whether all that decoding keeps of earlier tokens are fast weights."""
+        """Whether all that decoding keeps of earlier tokens is of self-attention, as what ``carry`` yields is."""
+        cross = (self.layers[i].encoder_attn for i in range(len(self.layers)))
+        mixing = any(isinstance(stage, Mixing) for each in cross if each is not None for stage in each.modules())
+        return self.keeps_constant_state() and not mixing
+
+    def keeps_constant_state(self) -> bool:
+        """Whether all that self-attention keeps of earlier tokens are fast weights."""
         return not self.cross_self_attention and all(
             isinstance(attention, FastWeightAttention) for attention in self.self_attentions()
         )
 
     def buffered_future_mask(self, tensor: Tensor) -> Optional[Tensor]:
         """None where no layer looks at it: its size is quadratic in the length."""
-        return None if self.can_read_ahead() else super().buffered_future_mask(tensor)
+        return None if self.keeps_constant_state() else super().buffered_future_mask(tensor)
 
     def make_generation_fast_(self, **kwargs: Any) -> None:
         """fairseq calls this of every module of a model that is going to generate."""
@@ -317,13 +330,13 @@ class FWPTransformerModel(LogsMemory, LoadsCheckpoints, PicklesWhenPrepared, Tra
 
     @classmethod
     def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Module) -> nn.Module:
-        if ENCODER_SELF_ATTENTION not in cfg.fast_weight_places:
+        if not is_own(ENCODER_SELF_ATTENTION, cfg):
             return super().build_encoder(cfg, src_dict, embed_tokens)
         return FWPTransformerEncoder(cfg, src_dict, embed_tokens)
 
     @classmethod
     def build_decoder(cls, cfg: Any, tgt_dict: Any, embed_tokens: nn.Module) -> nn.Module:
-        if not {DECODER_SELF_ATTENTION, CROSS_ATTENTION} & cfg.fast_weight_places:
+        if not any(is_own(place, cfg) for place in (DECODER_SELF_ATTENTION, CROSS_ATTENTION)):
             return super().build_decoder(cfg, tgt_dict, embed_tokens)
         return FWPTransformerDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 

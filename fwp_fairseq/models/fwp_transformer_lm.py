@@ -23,8 +23,9 @@ from fwp_fairseq.models.fwp_transformer import (
 )
 from fwp_fairseq.models.memory_log import LogsMemory
 from fwp_fairseq.models.options import name_dropout, plain_options
-from fwp_fairseq.modules.carried_state import CarriesState
+from fwp_fairseq.modules.carried_state import AttentionWithState, CarriesState
 from fwp_fairseq.modules.fast_weight_config import FastWeightConfig
+from fwp_fairseq.modules.fast_weight_layers import is_own
 from fwp_fairseq.modules.places import DECODER_SELF_ATTENTION, PLACE_FIELDS, AttentionKind
 
 _FOLLOWS = {"decoder_input_dim": "decoder_embed_dim", "decoder_output_dim": "decoder_embed_dim"}
@@ -68,8 +69,10 @@ class LanguageModel(LogsMemory, LoadsCheckpoints, PicklesWhenPrepared, Transform
 
     def cannot_carry_state(self) -> Optional[str]:
         """Why segments of one text cannot be read one by one as the whole would be, or None: they can."""
-        if isinstance(self.decoder, CarriesState):
-            return self.decoder.cannot_carry_state()
+        decoder = self.decoder
+        attentions = decoder.self_attentions() if isinstance(decoder, CarriesState) else [None]
+        if all(isinstance(attention, AttentionWithState) for attention in attentions):
+            return decoder.cannot_carry_state()
         return (
             "--decoder-self-attention is softmax, which would have to keep the keys and values of all tokens: "
             "allowed is fast-weight (or the architecture transformer_xl_lm, whose memory has a fixed length)"
@@ -115,7 +118,7 @@ class FWPTransformerLanguageModel(LanguageModel):
     @classmethod
     def build_decoder(cls, cfg: Any, args: Any, dictionary: Any, embed_tokens: nn.Module) -> nn.Module:
         attach_fast_weights(cfg, args, (DECODER_SELF_ATTENTION,))
-        decoder = FWPTransformerDecoder if cfg.fast_weight_places else TransformerDecoderBase
+        decoder = FWPTransformerDecoder if is_own(DECODER_SELF_ATTENTION, cfg) else TransformerDecoderBase
         return decoder(cfg, dictionary, embed_tokens, no_encoder_attn=True)
 
 

@@ -113,6 +113,10 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
             "fast weights"
         },
     )
+    softmax_short_convolution: int = field(
+        default=0,
+        metadata={"help": "--short-convolution of the places with softmax, which that leaves as they are; 0: none"},
+    )
     encoder_reading: ChoiceEnum(list(ENCODER_READINGS)) = field(  # type: ignore[valid-type]
         default="whole",
         metadata={
@@ -208,18 +212,21 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
             )
         return chosen
 
-    def without_effect(self, places: Collection[str]) -> dict[str, str]:
-        """Options that change nothing in a model with fast weights in these places, and why."""
+    def without_effect(self, places: Collection[str], there: Collection[str] = PLACES) -> dict[str, str]:
+        """Options that change nothing in a model with fast weights in these places of those that are there, and why."""
         options = [option.name for option in fields(self) if option.name not in ("_name", "cpu")]
+        of_softmax = ("softmax_short_convolution", *(["decoding_weights"] if self.softmax_short_convolution else []))
         if not places:
-            return dict.fromkeys(options, "no place has fast weights")
+            return {option: "no place has fast weights" for option in options if option not in of_softmax}
         reasons = {}
         matrices = [place for place in places if not self.has_slots(place)]
         slots = " and ".join(f"--{_flag(name)}" for place, name in _SLOTS.items() if place in {*places} - {*matrices})
         slots_instead = f"{slots} stands for it in all places with fast weights"
+        if set(there) <= set(places) and not self.cross_softmax_layers:
+            reasons["softmax_short_convolution"] = "no place has softmax"
         for prefix, name in itertools.product(_PREFIXES, _BY_PLACE):
-            there = set(_PREFIXES[prefix]) & set(places)
-            only_slots = there and not there & set(matrices)
+            of_prefix = set(_PREFIXES[prefix]) & set(places)
+            only_slots = of_prefix and not of_prefix & set(matrices)
             reason = slots_instead if only_slots else self._why_without_effect(prefix, name, matrices)
             if reason is not None:
                 reasons[prefix + name] = reason
@@ -229,7 +236,7 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
             reasons |= dict.fromkeys(("encoder_reading", "encoder_slots"), "the encoder has no fast weights")
         if not self.convert_attention:
             reasons["conversion_updates"] = "there is no --convert-attention"
-        if set(places) == {ENCODER_SELF_ATTENTION}:
+        if set(places) == {ENCODER_SELF_ATTENTION} and "decoding_weights" not in of_softmax:
             reasons["decoding_weights"] = "the decoder has no fast weights"
         in_use = [self.for_place(place) for place in PLACES if place in matrices]
         maps, rules = {config.map.name for config in in_use}, {config.rule.name for config in in_use}
@@ -264,10 +271,10 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
             said = of_place[-1]
         return f"--{_flag(said + name)} says so already" if earlier else None
 
-    def warn_without_effect(self, places: Collection[str], defaults: Mapping[str, Any]) -> None:
+    def warn_without_effect(self, places: Collection[str], there: Collection[str], defaults: Mapping[str, Any]) -> None:
         """Log a warning for each option that was set in vain. ``defaults``: those of the architecture."""
         standard = {option.name: option.default for option in fields(self)}
-        for name, reason in self.without_effect(places).items():
+        for name, reason in self.without_effect(places, there).items():
             value = getattr(self, name)
             if value != defaults.get(name, standard[name]):
                 flag = f"--{_flag(name)}" + ("" if value is True else f" {value}")

@@ -19,6 +19,7 @@ delta_elu="--rule delta --feature-map elu"
 gated_dpfp="--rule gated-delta --feature-map dpfp --dpfp-nu 1"
 configurations=(
     "softmax | nowhere | softmax | --softmax"
+    "softmax, convolution | nowhere | softmax-conv | --softmax -- --softmax-short-convolution 4"
     "delta, dpfp-1 | decoder self-attention | delta-dpfp-decoder | $delta_dpfp $decoder"
     "sum, elu, attention normalisation | all three places | sum-elu-all | $sum_elu $everywhere"
     "sum, dpfp-1 | all three places | sum-dpfp-all | $sum_dpfp $everywhere"
