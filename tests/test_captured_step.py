@@ -136,6 +136,7 @@ MODELS = {
     "attention normalisation": [*places("fast-weight", *PLACES), "--update-rule", "sum", "--feature-map", "elu"]
     + ["--attention-normalization"],
     "softmax in one layer": [*places("fast-weight", *PLACES), "--cross-softmax-layers", "1"],
+    "convolved softmax": ["--softmax-short-convolution", "3", "--short-convolution", "2"],
     "slots": [*places("fast-weight", *PLACES), "--cross-slots", "3"],
     "stages": [*places("fast-weight", *PLACES), "--short-convolution", "3", "--output-gate", "--read-layer-norm"],
     "gated delta": ["--update-rule", "gated-delta", "--decoder-learned-pos"],

@@ -83,6 +83,7 @@ OPTIONS = {
     "sum": ["--update-rule", "sum", "--layernorm-embedding"],
     "convolution": ["--update-rule", "gated-delta", "--short-convolution", "4"],
     "convolution, all places": [*places("fast-weight", *PLACES), "--short-convolution", "2"],
+    "convolved softmax": ["--softmax-short-convolution", "3", "--short-convolution", "2"],
     "slots": [*places("fast-weight", *PLACES), "--cross-slots", "3", "--short-convolution", "2"],
     "one head": ["--decoder-attention-heads", "1", "--dpfp-nu", "3"],
 }

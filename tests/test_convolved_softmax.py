@@ -24,8 +24,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fwp_fairseq.fairseq_mends import checkpoint_options
-from fwp_fairseq.models.captured_step import is_known
-from fwp_fairseq.models.compiled_step import program_of
 from fwp_fairseq.modules import FastWeightConfig
 from fwp_fairseq.modules.convolved_softmax import ConvolvedSoftmaxAttention
 from fwp_fairseq.tasks.parallel_prefix import ParallelPrefixGenerator
@@ -213,13 +211,6 @@ def test_searches_that_take_turns_do_not_see_each_other():
     torch.testing.assert_close(turns, alone)
 
 
-def test_a_decoder_that_has_it_takes_no_compiled_or_captured_step():
-    flags = places("fast-weight", "decoder-self-attention")
-    plain, convolved = (build_translation(*flags, *more).eval().decoder for more in ([], WIDTH))
-    assert is_known(plain) and program_of(plain) is not None
-    assert not is_known(convolved) and program_of(convolved) is None
-
-
 def test_it_gives_attention_weights():
     model = drawn_translation(SOFTMAX)
     (weights,) = model(**translation_batch(model))[1]["attn"]
@@ -291,12 +282,6 @@ def test_a_checkpoint_that_has_it_is_not_converted():
 
 
 @pytest.mark.filterwarnings("ignore")  # torch calls it deprecated
-def test_what_cannot_be_compiled_or_exported_is_refused_by_the_flag(tmp_path):
+def test_what_cannot_be_compiled_is_refused_by_the_flag():
     with pytest.raises(NotImplementedError, match="^torch.jit.script cannot compile --softmax-short-convolution"):
         torch.jit.script(build_translation(*SOFTMAX))
-    pytest.importorskip("onnx")
-    from fwp_fairseq.onnx_export.graph import CannotExport
-    from fwp_fairseq.onnx_export.model_graphs import check
-
-    with pytest.raises(CannotExport, match="^--softmax-short-convolution 4 cannot be exported: allowed is 0"):
-        check(build_translation(*WIDTH))

@@ -140,6 +140,8 @@ def test_every_place_can_have_softmax_but_the_decoders_own(encoder: str, cross: 
         "--encoder-embed-dim 9 --encoder-attention-heads 3 --decoder-attention-heads 3",
         "--adaptive-softmax-cutoff 8,12",
         "--decoder-layers 3 --cross-softmax-layers 1,3",
+        "--softmax-short-convolution 4 --decoder-layers 3 --cross-softmax-layers 2",
+        "--softmax-short-convolution 2 --cross-attention softmax --encoder-self-attention softmax",
         "--cross-slots 3 --encoder-self-attention fast-weight --encoder-slots 4",
         "--decoder-layers 3 --cross-softmax-layers 2 --cross-slots 5 --short-convolution 3 --output-gate",
         "--whole-memory-update-rule sum --whole-memory-feature-map elu --whole-memory-attention-normalization",
@@ -147,7 +149,7 @@ def test_every_place_can_have_softmax_but_the_decoders_own(encoder: str, cross: 
     ],
 )
 def test_options_of_the_transformer_are_what_fairseq_computes(flags: str) -> None:
-    assert_same_translation(build_translation(*flags.split(), *places("fast-weight", "cross-attention")))
+    assert_same_translation(build_translation(*places("fast-weight", "cross-attention"), *flags.split()))
 
 
 LANGUAGE_MODELS = {

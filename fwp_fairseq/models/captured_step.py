@@ -34,6 +34,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fwp_fairseq.models.compiled_step import CompiledSteps, program_of
 from fwp_fairseq.modules.carried_state import IncrementalState
+from fwp_fairseq.modules.convolved_softmax import ConvolvedSoftmaxAttention
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
 from fwp_fairseq.modules.fast_weight_cross_attention import FastWeightCrossAttention
 from fwp_fairseq.modules.fast_weight_layers import FastWeightDecoderLayer
@@ -138,7 +139,7 @@ def is_known(decoder: Any) -> bool:
     return (
         decoder.keeps_constant_state()
         and all(type(layer) is FastWeightDecoderLayer for layer in decoder.layers)
-        and all(type(x) is MultiheadAttention or isinstance(x, FastWeightAttention) for x in _attentions(decoder))
+        and all(isinstance(x, (FastWeightAttention, MultiheadAttention)) for x in _attentions(decoder))
         and not _has_any_global_hook()
         and all(_is_known(module, module is decoder) for module in decoder.modules())
     )
@@ -216,9 +217,9 @@ class CapturedStep:
         self._looked_up = [x.clone() for x in _look_up(decoder, tokens)]
         self._weights = [x.detach() for x in (*decoder.parameters(), *decoder.buffers())]
         self._states = [
-            attention.get_incremental_state(incremental_state, "attn_state")
+            attention.kept_state(incremental_state)
             for attention in _attentions(decoder)
-            if isinstance(attention, FastWeightAttention)
+            if isinstance(attention, (FastWeightAttention, ConvolvedSoftmaxAttention))
         ]
         self._sources: dict[_Sharing, list[Tensor]] = {}
         for layer in decoder.layers:
@@ -342,7 +343,7 @@ def _sources_of(layer: Any, incremental_state: IncrementalState) -> Collection[T
     if attention is None:
         return ()
     if isinstance(attention, FastWeightCrossAttention):
-        return attention.get_incremental_state(incremental_state, "attn_state").of_sentences().values()
+        return attention.kept_state(incremental_state).of_sentences().values()
     kept = attention._get_input_buffer(incremental_state)
     own = {name: x.clone(memory_format=torch.contiguous_format) for name, x in kept.items() if x is not None}
     kept.update(own)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fwp_fairseq.modules.attention_state import MEMORY, NORMALIZER, AttentionState
 from fwp_fairseq.modules.carried_state import IncrementalState
+from fwp_fairseq.modules.convolved_softmax import ConvolvedSoftmaxAttention
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
 from fwp_fairseq.modules.fast_weight_cross_attention import FastWeightCrossAttention
 from fwp_fairseq.modules.fast_weight_layers import FastWeightDecoderLayer
@@ -173,8 +174,10 @@ def _write_cross_attention(
         features = _address(attention.features)
         program.recall(first, attention.num_heads, *features, attention.attention_normalization)
     else:
+        if type(attention) is ConvolvedSoftmaxAttention:
+            _write_convolution(program, attention.short_convolution, attention.num_heads, "q", histories)
         _need(
-            type(attention) is MultiheadAttention,
+            type(attention) in (MultiheadAttention, ConvolvedSoftmaxAttention),
             not (attention.use_xformers or attention.onnx_trace or attention.add_zero_attn),
             attention.bias_k is None,
         )
@@ -186,14 +189,20 @@ def _write_mixing(program: Any, attention: FastWeightAttention, parts: str, hist
     """Of the stages that there are, the gates are written elsewhere."""
     for stage in attention.stages():
         if type(stage) is ShortConvolution:
-            weights = [getattr(stage, part) for part in parts]
-            _need(*(type(x) is nn.Parameter and x.dtype == torch.float32 for x in weights))
-            first, *_ = [next(histories) for _ in parts]
-            flat = [x.detach().flatten(1).contiguous() for x in weights]
-            # Padding of the target hides keys, not who asks.
-            program.convolve(first, attention.num_heads, flat, "k" in parts)
+            _write_convolution(program, stage, attention.num_heads, parts, histories)
         else:
             _need(stage in (attention.gates, attention.slots))
+
+
+def _write_convolution(
+    program: Any, convolution: ShortConvolution, heads: int, parts: str, histories: Iterator[int]
+) -> None:
+    weights = [getattr(convolution, part) for part in parts]
+    _need(*(type(x) is nn.Parameter and x.dtype == torch.float32 for x in weights))
+    first, *_ = [next(histories) for _ in parts]
+    flat = [x.detach().flatten(1).contiguous() for x in weights]
+    # Padding of the target hides keys, not who asks.
+    program.convolve(first, heads, flat, "k" in parts)
 
 
 def _is_compiled(attention: FastWeightAttention) -> bool:
@@ -281,7 +290,7 @@ class CompiledStep:
         self.rows = tokens.size(0)
         # The order of the beams for the next token, if there is one.
         self._noted: Optional[Tensor] = None
-        states = [x.get_incremental_state(incremental_state, "attn_state") for x in decoder.self_attentions()]
+        states = [x.kept_state(incremental_state) for x in decoder.self_attentions()]
         where, *others = [state.where() for state in states]
         if not all(x is where or (x is not None and where is not None and x.equal(where)) for x in others):
             for state in states:
@@ -374,9 +383,9 @@ def _histories(decoder: Any, incremental_state: IncrementalState) -> list[tuple[
     found = []
     for layer in decoder.layers:
         for attention in (layer.self_attn, layer.encoder_attn):
-            if isinstance(attention, FastWeightAttention):
-                state = attention.get_incremental_state(incremental_state, "attn_state")
-                for part in "qkv":
+            if isinstance(attention, (FastWeightAttention, ConvolvedSoftmaxAttention)):
+                state = attention.kept_state(incremental_state)
+                for part in "q" if attention.encoder_decoder_attention else "qkv":
                     history = state.get(name := f"convolved_{part}")
                     if history is not None:
                         found.append((state, name, history.contiguous()))

@@ -88,7 +88,7 @@ class AttentionWithState(nn.Module):
     def _kept(self, incremental_state: Optional[IncrementalState], rows: int) -> AttentionState:
         """What was kept of the tokens before, by decoding or by the parallel pass before, for the rows of this one."""
         if incremental_state is not None:
-            state = self.get_incremental_state(incremental_state, "attn_state")
+            state = self.kept_state(incremental_state)
             if state is not None:
                 return state
         carried = self._carried()
@@ -99,6 +99,10 @@ class AttentionWithState(nn.Module):
             return AttentionState(before)
         # Copies, since decoding writes into them.
         return AttentionState({name: x.repeat_interleave(rows // x.size(0), dim=0) for name, x in before.items()})
+
+    def kept_state(self, incremental_state: Optional[IncrementalState]) -> Any:
+        """What it keeps in a search, an AttentionState, or None."""
+        return self.get_incremental_state(incremental_state, "attn_state")
 
     def _keep(self, incremental_state: Optional[IncrementalState], state: AttentionState) -> None:
         """Keep this for the tokens to come."""
@@ -115,14 +119,14 @@ class AttentionWithState(nn.Module):
 
     def reorder_incremental_state(self, incremental_state: IncrementalState, new_order: Tensor) -> IncrementalState:
         """Let row i go on from what row ``new_order[i]`` has read so far. fairseq calls this of every module."""
-        state = self.get_incremental_state(incremental_state, "attn_state")
+        state = self.kept_state(incremental_state)
         if state is not None:
             state.reorder(new_order)
         return incremental_state
 
     def _get_input_buffer(self, incremental_state: Optional[IncrementalState]) -> LayerState:
         """Under fairseq's name, whose decoder layer looks into it."""
-        state = self.get_incremental_state(incremental_state, "attn_state")
+        state = self.kept_state(incremental_state)
         return {} if state is None else state.tensors()
 
 

@@ -55,7 +55,7 @@ class ConvolvedSoftmaxAttention(MultiheadAttention):
         **options: Any,
     ) -> tuple[Tensor, Optional[Tensor]]:
         """As fairseq's."""
-        state = self.get_incremental_state(incremental_state, _CONVOLVED) or AttentionState()
+        state = self.kept_state(incremental_state) or AttentionState()
         # What belongs to one call must not be on the module: threads share it.
         this_call = copy.copy(self)
         for part in "qkv":
@@ -77,9 +77,13 @@ class ConvolvedSoftmaxAttention(MultiheadAttention):
         mixed = getattr(self.short_convolution(tokens, state), part)
         return mixed.permute(2, 0, 1, 3).reshape(projected.shape)
 
+    def kept_state(self, incremental_state: Optional[IncrementalState]) -> Any:
+        """What its convolution keeps in a search, an AttentionState, or None."""
+        return self.get_incremental_state(incremental_state, _CONVOLVED)
+
     def reorder_incremental_state(self, incremental_state: IncrementalState, new_order: Tensor) -> IncrementalState:
         """Let row i go on from what row ``new_order[i]`` has. fairseq calls this of every module."""
-        state = self.get_incremental_state(incremental_state, _CONVOLVED)
+        state = self.kept_state(incremental_state)
         if state is not None:
             state.reorder(new_order)
         return super().reorder_incremental_state(incremental_state, new_order)

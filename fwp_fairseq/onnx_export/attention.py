@@ -13,6 +13,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from fwp_fairseq.modules.convolved_softmax import ConvolvedSoftmaxAttention
 from fwp_fairseq.modules.fast_weight_attention import FastWeightAttention
 from fwp_fairseq.modules.stages import Mixing, ReadOut, Tokens
 from fwp_fairseq.onnx_export.graph import Graph
@@ -34,10 +35,16 @@ def is_fast_weight(attention: Any) -> bool:
     return isinstance(attention, FastWeightAttention)
 
 
+def _mixings(attention: Any) -> list[Any]:
+    if is_fast_weight(attention):
+        return list(attention.stages(Mixing))
+    return [attention.short_convolution] if isinstance(attention, ConvolvedSoftmaxAttention) else []
+
+
 def state_shapes(attention: Any, name: str) -> dict[str, list[int]]:
     """What a row keeps for an attention, by name: the memory of self-attention, and what convolutions keep."""
     shapes = {} if attention.encoder_decoder_attention else {f"{name}.state": memory_shape(attention)}
-    for stage in attention.stages(Mixing):
+    for stage in _mixings(attention):
         for part in ("q",) if attention.encoder_decoder_attention else ("q", "k", "v"):
             shapes[f"{name}.convolved_{part}"] = [stage.width - 1, attention.num_heads, attention.head_dim]
     return shapes
@@ -56,37 +63,25 @@ def _heads(attention: Any, x: Tensor) -> Tensor:
     return x.unflatten(-1, (attention.num_heads, attention.embed_dim // attention.num_heads))
 
 
-class FastWeights:
-    """Fast-weight attention. ``form`` is one of ``recurrence.FORMS``.
-
-    ``states``: what it goes on from, by names that begin with ``name``, and afterwards what the next pass goes on from.
-    """
+class Attention:
+    """Base of all. ``states``: what it goes on from, by names that begin with ``name``, and afterwards what is left."""
 
     def __init__(
-        self, attention: Any, graph: Graph, form: str, name: str = "", states: Optional[dict[str, Tensor]] = None
+        self, attention: Any, graph: Graph, name: str = "", states: Optional[dict[str, Tensor]] = None
     ) -> None:
         self.attention = attention
         self.graph = graph
         self.name = name
         self.states = {} if states is None else states
-        self.recurrence = Recurrence(graph, form, bool(attention.attention_normalization))
-
-    def keys_and_gates(self, key: Tensor, padding: Optional[Tensor]) -> tuple[Tensor, Tensor, Gates]:
-        """Of (B, T, C): k before the feature map, v (B, T, H, D), and gates (B, T, H or 1)."""
-        a = self.attention
-        logits = (None if f is None else f(key) for f in (a.write_proj, a.decay_proj))
-        gates = a.gates.gates_of(*logits, None if padding is None else padding[..., None])
-        k, v = (self._mix(part, f(key), padding) for part, f in (("k", a.k_proj), ("v", a.v_proj)))
-        return k, v, gates
 
     def queries(self, query: Tensor, padding: Optional[Tensor] = None) -> Tensor:
-        """Of (B, T, C): q before the feature map, (B, T, H, D)."""
+        """Of (B, T, C): q before the feature map, if there is one, (B, T, H, D)."""
         return self._mix("q", self.attention.q_proj(query), padding)
 
     def _mix(self, part: str, projected: Tensor, padding: Optional[Tensor]) -> Tensor:
         """What the convolution makes of what was projected, (B, T, C) -> (B, T, H, D)."""
         x = _heads(self.attention, projected)
-        for stage in self.attention.stages(Mixing):
+        for stage in _mixings(self.attention):
             if padding is not None:
                 x = x.masked_fill(padding[..., None, None], 0.0)
             later, weight = stage.later[part], getattr(stage, part).squeeze(2)
@@ -112,6 +107,24 @@ class FastWeights:
         ends = (positions * (~padding).long()).amax(dim=1)
         index = (ends[:, None] + torch.arange(count))[..., None]
         return graph.value(graph.node("GatherND", x, index, batch_dims=1), rows, count, *x.shape[2:])
+
+
+class FastWeights(Attention):
+    """Fast-weight attention. ``form`` is one of ``recurrence.FORMS``."""
+
+    def __init__(
+        self, attention: Any, graph: Graph, form: str, name: str = "", states: Optional[dict[str, Tensor]] = None
+    ) -> None:
+        super().__init__(attention, graph, name, states)
+        self.recurrence = Recurrence(graph, form, bool(attention.attention_normalization))
+
+    def keys_and_gates(self, key: Tensor, padding: Optional[Tensor]) -> tuple[Tensor, Tensor, Gates]:
+        """Of (B, T, C): k before the feature map, v (B, T, H, D), and gates (B, T, H or 1)."""
+        a = self.attention
+        logits = (None if f is None else f(key) for f in (a.write_proj, a.decay_proj))
+        gates = a.gates.gates_of(*logits, None if padding is None else padding[..., None])
+        k, v = (self._mix(part, f(key), padding) for part, f in (("k", a.k_proj), ("v", a.v_proj)))
+        return k, v, gates
 
     def memory(self, key: Tensor, padding: Optional[Tensor]) -> Tensor:
         """The state after the tokens of (B, T, C)."""
@@ -209,26 +222,21 @@ class Slots(FastWeights):
         return self.put_out(self.read(q, *self.keys_and_values(x, key_padding_mask)), x), None
 
 
-class Softmax:
-    """fairseq's attention to tokens that are all there."""
+class Softmax(Attention):
+    """fairseq's attention to tokens that are all there, convolved or not."""
 
-    def __init__(self, attention: Any) -> None:
-        self.attention = attention
-
-    def keys_and_values(self, key: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, key: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         """Of (B, S, C): keys (B, H, D, S) and values (B, H, S, D)."""
-        a = self.attention
-        return _heads(a, a.k_proj(key)).permute(0, 2, 3, 1), _heads(a, a.v_proj(key)).transpose(1, 2)
+        k, v = (
+            self._mix(part, f(key), padding) for part, f in zip("kv", (self.attention.k_proj, self.attention.v_proj))
+        )
+        return k.permute(0, 2, 3, 1), v.transpose(1, 2)
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
         """(B, H, T, D) queries -> (B, T, H, D); padding is (B, S), True at what is not to be seen."""
         scores = (q * self.attention.scaling) @ k
         scores = scores.masked_fill(padding[:, None, None], -torch.inf)
         return (scores.softmax(dim=-1) @ v).transpose(1, 2)
-
-    def queries(self, query: Tensor) -> Tensor:
-        """Of (B, T, C): (B, T, H, D)."""
-        return _heads(self.attention, self.attention.q_proj(query))
 
     def put_out(self, read: Tensor, query: Tensor) -> Tensor:
         """(B, T, H, D) -> (T, B, C)."""
@@ -237,13 +245,13 @@ class Softmax:
     def __call__(self, query: Tensor, *_: Any, key_padding_mask: Optional[Tensor] = None, **__: Any) -> Any:
         x = query.transpose(0, 1)
         assert key_padding_mask is not None
-        q = self.queries(x).transpose(1, 2)
-        return self.put_out(self.read(q, *self.keys_and_values(x), key_padding_mask), x), None
+        q = self.queries(x, key_padding_mask).transpose(1, 2)
+        return self.put_out(self.read(q, *self.keys_and_values(x, key_padding_mask), key_padding_mask), x), None
 
 
 def encoder_self_attention(attention: Any, graph: Graph, form: str) -> Any:
     if not is_fast_weight(attention):
-        return Softmax(attention)
+        return Softmax(attention, graph)
     if attention.slots is not None:
         return Slots(attention, graph, form)
     return (FastWeightsInTwoDirections if attention.two_directions else WholeFastWeights)(attention, graph, form)
@@ -260,7 +268,7 @@ class CrossAttention:
     ) -> None:
         self.graph = graph
         self.attention = attention
-        self.kind: Any = Softmax(attention)
+        self.kind: Any = Softmax(attention, graph, f"{name}.cross", states)
         self.kept: dict[str, list[Any]]
         heads, size = attention.num_heads, attention.head_dim
         if is_fast_weight(attention):
@@ -279,11 +287,9 @@ class CrossAttention:
 
     def write(self, encoder_out: Tensor, padding: Tensor) -> Sequence[Tensor]:
         """What is kept of (B, S, C)."""
-        if isinstance(self.kind, Slots):
+        if isinstance(self.kind, (Slots, Softmax)):
             return self.kind.keys_and_values(encoder_out, padding)
-        if is_fast_weight(self.attention):
-            return [self.kind.memory(encoder_out, padding)]
-        return self.kind.keys_and_values(encoder_out)
+        return [self.kind.memory(encoder_out, padding)]
 
     def reader(self, kept: Sequence[Tensor], padding: Optional[Tensor]) -> Any:
         """The forward pass of a decoder's layer, for one token of every hypothesis."""

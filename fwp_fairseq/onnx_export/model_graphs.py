@@ -18,7 +18,6 @@ from fairseq.modules import AdaptiveInput, LearnedPositionalEmbedding, Sinusoida
 from fairseq.modules.adaptive_softmax import TiedHeadModule
 from torch import Tensor
 
-from fwp_fairseq.modules.convolved_softmax import ConvolvedSoftmaxAttention
 from fwp_fairseq.onnx_export.attention import (
     CausalFastWeights,
     CrossAttention,
@@ -57,7 +56,7 @@ class ModelGraphs:
         shapes: dict[str, list[int]] = {}
         for i, layer in enumerate(self.decoder.layers):
             shapes.update(state_shapes(layer.self_attn, f"layer_{i}"))
-            if is_fast_weight(layer.encoder_attn):
+            if layer.encoder_attn is not None:
                 shapes.update(state_shapes(layer.encoder_attn, f"layer_{i}.cross"))
         return shapes
 
@@ -193,9 +192,6 @@ def check(model: Any) -> None:
     for attention in attentions:
         if is_fast_weight(attention) and attention.rule.max_norm is not None:
             raise CannotExport(f"--update-rule {attention.rule.name} cannot be exported: allowed are all the others")
-        if isinstance(attention, ConvolvedSoftmaxAttention):
-            width = attention.short_convolution.width
-            raise CannotExport(f"--softmax-short-convolution {width} cannot be exported: allowed is 0")
     embedding = model.decoder.embed_tokens
     if not isinstance(embedding, (torch.nn.Embedding, AdaptiveInput)):
         raise CannotExport(f"the input of the model is a {type(embedding).__name__}, which cannot be exported")
