@@ -14,7 +14,9 @@ import pytest
 import torch
 from conftest import ROOT, Run
 from recipe_scripts import AWKWARD, RECIPES, assert_one_sentence, free_port, script, succeed
-from tiny_models import build_lm, tokens
+from tiny_models import build_lm, build_streaming_lm, tokens
+
+from fwp_fairseq.tasks.streaming_language_modeling import read_text
 
 RECIPE = RECIPES / "wikitext103"
 sys.path.insert(0, str(RECIPE))
@@ -195,6 +197,14 @@ def test_a_sliding_window_scores_each_token_once_with_its_context(adaptive: bool
     assert sliding_window.evaluate(model.decoder, text, eos, 99, 4) == pytest.approx(whole, rel=1e-5)
 
 
+def test_what_a_text_keeps_is_counted_as_streaming_counts_it() -> None:
+    model, _ = build_streaming_lm("--short-convolution", "3", "--attention-normalization", "--update-rule", "sum")
+    state = read_text(model, torch.tensor([[4, 5, 6, 7]]), segment_length=2)
+    assert state
+    kept = sum(x.numel() for layer in state for x in layer.values())
+    assert sliding_window.state_size(model.decoder, window=9) == kept
+
+
 def test_fairseq_eval_lm_finds_the_same_with_a_context_window(trained: Path, run: Run) -> None:
     model = trained / "models" / "small-delta-elu-seed1"
     done = run(
@@ -233,7 +243,8 @@ def test_the_speed_of_a_training_is_that_of_its_middle_epoch(trained: Path, tmp_
 
 def test_pythons_documentation_is_a_corpus_for_language_models(tmp_path: Path) -> None:
     folder = tmp_path / AWKWARD
-    options = ["--output", folder, "--cpu", "--only", "softmax converted-sum", "--pieces", 2000, "--window", 4]
+    options = ["--output", folder, "--cpu", "--only", "softmax converted-sum continued-softmax"]
+    options += ["--pieces", 2000, "--window", 4]
     few = ["--decoder-layers", 1, "--conversion-updates", 2, "--max-update", 2, "--max-valid-steps", 4]
     printed = succeed(RECIPE / "python_docs.sh", *options, "--batch-size", 2048, "--", *few)
     parts = [(folder / "text" / part).read_text().splitlines() for part in ("train", "valid", "test")]
@@ -241,15 +252,20 @@ def test_pythons_documentation_is_a_corpus_for_language_models(tmp_path: Path) -
     assert len(set().union(*parts)) == sum(map(len, parts))
     table = (folder / "python_docs.md").read_text()
     assert printed.endswith(table)
-    _, row = (line.split(" | ") for line in table.splitlines()[2:])
+    _, row, continued = (line.split(" | ") for line in table.splitlines()[2:])
     found = result(folder, "converted-sum-seed1")
     assert row[:3] == ["| converted-sum-seed1", *(f"{found[part]['perplexity_per_word']:.1f}" for part in tables.PARTS)]
     # A matrix of 64 x 16 in each of 8 heads, and what divides what is read of it.
     assert row[4] == "8,704"
     log = (folder / "models" / "converted-sum-seed1" / "train.log").read_text()
     assert re.search(r"\| decoder.layers.\*.self_attn \| .*k_proj.bias.* \| features, features.bias \| - \|", log)
+    assert continued[0] == "| continued-softmax-seed1"
+    log = (folder / "models" / "continued-softmax-seed1" / "train.log").read_text()
+    assert "loading pretrained model from models/softmax-seed1/checkpoint_best.pt: optimizer, lr scheduler" in log
+    # The second step of a warm-up of 100 updates to 1e-3.
+    assert re.search(r"\| num_updates 2 \| lr 2e-05 \|", log)
     again = succeed(RECIPE / "python_docs.sh", *options, "--batch-size", 2048, "--", *few)
-    assert again.count("done before") == 6
+    assert again.count("done before") == 8
 
 
 # --- Options ---------------------------------------------------------------------------------------------------------

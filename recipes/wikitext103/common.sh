@@ -7,14 +7,15 @@ recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 # --- Rows ------------------------------------------------------------------------------------------------------------
 
-# What the rows of tables 2, 3 and 5 are called, and one with a rule that also forgets.
+# What the rows of tables 2, 3 and 5 are called, and some with a rule that also forgets.
 truncated_rows=(
     softmax sum-elu delta-elu sum-favor delta-favor sum-favor-16 delta-favor-16 sum-dpfp-1 delta-dpfp-1
-    delta-elu-attnorm delta-elu-nopos delta-elu-nopos-attnorm gated-delta-elu
+    delta-elu-attnorm delta-elu-nopos delta-elu-nopos-attnorm gated-delta-elu gated-delta-elu-conv
 )
 # Table 4: the context is carried from segment to segment. The number of a Transformer-XL is its segment's and memory's.
 streaming_rows=(
-    sum-elu-streaming delta-elu-streaming delta-dpfp-1-streaming gated-delta-elu-streaming xl-8 xl-64 xl-128 xl-384
+    sum-elu-streaming delta-elu-streaming delta-dpfp-1-streaming gated-delta-elu-streaming gated-delta-elu-conv-streaming
+    xl-8 xl-64 xl-128 xl-384
 )
 rows=("${truncated_rows[@]}" "${streaming_rows[@]}")
 

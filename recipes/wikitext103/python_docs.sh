@@ -6,7 +6,7 @@ recipe_name=python_docs
 
 # What is compared, and the model and its training, the same for each.
 docs_rows=(
-    softmax sum-elu delta-elu delta-dpfp-1 gated-delta-elu
+    softmax sum-elu delta-elu delta-dpfp-1 gated-delta-elu gated-delta-elu-conv
     sum-elu-streaming delta-elu-streaming delta-dpfp-1-streaming gated-delta-elu-streaming
 )
 # What can be compared besides, by --only.
@@ -17,7 +17,9 @@ done
 size=small
 # Fast weights that are made of the softmax row, which is to be trained before.
 converted_rows=(converted-sum converted-delta converted-gated-delta)
-rows=("${docs_rows[@]}" "${further_rows[@]}" "${converted_rows[@]}")
+# What goes on from the trained row of that name, a streaming one from its truncated one, to a learning rate of zero.
+continued_rows=(continued-softmax continued-gated-delta-elu-conv continued-gated-delta-elu-conv-streaming)
+rows=("${docs_rows[@]}" "${further_rows[@]}" "${converted_rows[@]}" "${continued_rows[@]}")
 segment=128
 training=(
     --tokens-per-sample "$segment" --arch fwp_transformer_lm
@@ -38,6 +40,9 @@ and, if --only names them:
   ${further_rows[*]}
 or begin with the trained softmax row and make fast weights of its attention, with a feature map that learns to:
   ${converted_rows[*]}
+or begin with the trained row of that name, a streaming one with its truncated one, and go on for 976 updates, at whose
+end the learning rate is zero:
+  ${continued_rows[*]}
 What is done already is not done again.
 
 Takes --minutes for each, a fifth of that for those that are converted, one at a time, and no download.
@@ -91,22 +96,34 @@ device=()
 chosen=()
 for row in ${only:-"${docs_rows[@]}"}; do
     share=1
-    if [[ $row == converted-* ]]; then
-        # Its learning rate is low, for it goes on; the projections keep their biases.
+    # Where a training goes on, its learning rate is low.
+    case $row in
+    converted-*)
         share=5
+        # The projections keep their biases.
         row_flags "${row#converted-}-elu"
         model_flags+=(--feature-map learned --finetune-from-model "models/softmax-seed$seed/checkpoint_best.pt"
             --convert-attention --lr 1e-3 --warmup-updates 50)
-    else
+        ;;
+    continued-*)
+        # As long as it takes for the learning rate to come to its end.
+        share=0
+        parent=${row#continued-}
+        row_flags "$parent"
+        model_flags+=(--no-attention-bias --finetune-from-model "models/${parent%-streaming}-seed$seed/checkpoint_best.pt"
+            --lr 1e-3 --lr-scheduler cosine --warmup-updates 100 --max-update 976)
+        ;;
+    *)
         row_flags "$row"
         model_flags+=(--no-attention-bias)
-    fi
+        ;;
+    esac
     segment=${training[1]}
     flags=(--task "$task" "${training[@]}" "${model_flags[@]}" --seed "$seed" ${extra[@]+"${extra[@]}"})
     keep_model "$row-seed$seed" "$row" docs "$vocabulary" "$task" "$segment" "$data" "minutes $minutes" "${flags[*]}"
-    hours=$(awk -v minutes="$minutes" -v share="$share" 'BEGIN { printf "%.4f", minutes / share / 60 }')
+    hours=$(awk -v minutes="$minutes" -v share="$share" 'BEGIN { printf "%.4f", share ? minutes / share / 60 : 0 }')
     # An interrupted training goes on from its last epoch, with what was left of the time then.
-    step "$folder/.trained" "$folder/checkpoint_best.pt" "$settings" "training $folder for $hours hours" \
+    step "$folder/.trained" "$folder/checkpoint_best.pt" "$settings" "training $folder" \
         log_training "$folder" fairseq train "$data_bin" "${basics[@]}" --save-dir "$folder" --no-epoch-checkpoints \
         --distributed-world-size 1 --num-workers 0 --log-format simple --log-interval 200 --stop-time-hours "$hours" \
         ${device[@]+"${device[@]}"} "${flags[@]}"

@@ -38,13 +38,19 @@ def read_tokens(data: Path, part: str, dictionary: Any) -> Tensor:
 
 
 def state_size(decoder: Any, window: int) -> int:
-    """Numbers that the model keeps of one text: a matrix for each head, or the keys and values of the window."""
+    """Numbers that the model keeps of one text: a matrix for each head, or the keys and values of the window.
+
+    A short convolution keeps the projections of some tokens besides.
+    """
     size = 0
     for layer in decoder.layers:
         attention = layer.self_attn
         if hasattr(attention, "features"):
             columns = attention.head_dim + bool(attention.attention_normalization)
             size += attention.num_heads * attention.features.size * columns
+            convolution = attention.short_convolution
+            if convolution is not None:
+                size += len(convolution.later) * (convolution.width - 1) * attention.embed_dim
         else:
             size += 2 * window * attention.embed_dim
     return size
