@@ -145,7 +145,16 @@ def test_a_search_finds_nearly_the_same(chosen):
         assert ours[0]["score"] != theirs[0]["score"]
 
 
-@pytest.mark.parametrize("attention", ["softmax", "fast-weight", "fast-weight --encoder-reading two-directions"])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        "softmax",
+        "softmax --softmax-short-convolution 3",
+        "fast-weight",
+        "fast-weight --encoder-reading two-directions",
+        "fast-weight --encoder-slots 4",
+    ],
+)
 @torch.no_grad()
 def test_the_encoder_is_close_and_a_sentence_does_not_depend_on_padding(attention):
     sizes = ["--encoder-embed-dim", "32", "--decoder-embed-dim", "32", "--encoder-self-attention", *attention.split()]

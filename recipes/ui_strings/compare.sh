@@ -3,12 +3,13 @@
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-# What is compared: attention | where | name of the model | options of run.sh. Its default is two-directions-self.
+# What is compared: attention | where | name of the model | options of run.sh. Its default is two-directions-self-conv.
 everywhere="--encoder-self-attention fast-weight --decoder-self-attention fast-weight --cross-attention fast-weight"
 decoder="--encoder-self-attention softmax --decoder-self-attention fast-weight --cross-attention softmax"
 sum_memories="-- --whole-memory-update-rule sum --whole-memory-feature-map elu --whole-memory-attention-normalization"
 self="--encoder-self-attention fast-weight --decoder-self-attention fast-weight --cross-attention softmax"
 convolution="--short-convolution 4"
+softmax_convolution="--softmax-short-convolution 4"
 sum_cross="-- --cross-update-rule sum --cross-attention-normalization"
 slots="-- --cross-slots 32"
 two_directions="--encoder-reading two-directions"
@@ -19,7 +20,7 @@ delta_elu="--rule delta --feature-map elu"
 gated_dpfp="--rule gated-delta --feature-map dpfp --dpfp-nu 1"
 configurations=(
     "softmax | nowhere | softmax | --softmax"
-    "softmax, convolution | nowhere | softmax-conv | --softmax -- --softmax-short-convolution 4"
+    "softmax, convolution | nowhere | softmax-conv | --softmax $softmax_convolution"
     "delta, dpfp-1 | decoder self-attention | delta-dpfp-decoder | $delta_dpfp $decoder"
     "sum, elu, attention normalisation | all three places | sum-elu-all | $sum_elu $everywhere"
     "sum, dpfp-1 | all three places | sum-dpfp-all | $sum_dpfp $everywhere"
@@ -34,6 +35,8 @@ configurations=(
     "gated delta, dpfp-1, convolution | decoder self-attention | conv-gated-decoder | $gated_dpfp $decoder $convolution"
     "gated delta, dpfp-1, convolution | encoder and decoder self-attention | conv-gated-self | $gated_dpfp $self $convolution"
     "gated delta, dpfp-1, convolution, two directions in the encoder | encoder and decoder self-attention | two-directions-self | $gated_dpfp $self $convolution $two_directions"
+    "gated delta, dpfp-1, convolution; softmax, convolution | decoder self-attention | conv-gated-decoder-conv | $gated_dpfp $decoder $convolution $softmax_convolution"
+    "gated delta, dpfp-1, convolution, two directions in the encoder; softmax, convolution | encoder and decoder self-attention | two-directions-self-conv | $gated_dpfp $self $convolution $two_directions $softmax_convolution"
     "delta, dpfp-1, convolution | all three places | conv-delta-all | $delta_dpfp $everywhere $convolution"
     "delta, dpfp-1, convolution; cross-attention sum, attention normalisation | all three places | conv-delta-sum-all | $delta_dpfp $everywhere $convolution $sum_cross"
     "gated delta, dpfp-1, convolution, two directions in the encoder; cross-attention sum, attention normalisation | all three places | two-directions-all | $gated_dpfp $everywhere $convolution $two_directions $sum_cross"
@@ -50,7 +53,7 @@ END
     local row attention places name flags
     for row in "${configurations[@]}"; do
         read_row "$row"
-        printf '  %-20s %s; fast weights in: %s\n' "$name" "$attention" "$places"
+        printf '  %-24s %s; fast weights in: %s\n' "$name" "$attention" "$places"
     done
     cat <<END
 What is done already is not done again. The table is printed and written to OUTPUT/compare.md and OUTPUT/compare.csv.
@@ -98,7 +101,8 @@ train_and_score() {
     local model=$1 log=compare/$1.log seed=$2
     shift 2
     # What a row does not say is not run.sh's default.
-    if "${run[@]}" --short-convolution 0 --encoder-reading whole --model "$model" --seed "$seed" "$@" >"$log" 2>&1 </dev/null; then
+    local plain=(--short-convolution 0 --encoder-reading whole --softmax-short-convolution 0)
+    if "${run[@]}" "${plain[@]}" --model "$model" --seed "$seed" "$@" >"$log" 2>&1 </dev/null; then
         say "$model: $(tail -n 1 "$log")"
     else
         say "$model: failed; see $output/$log"

@@ -5,7 +5,7 @@
 
 # What reads most like softmax attention.
 options=(--rule sum --feature-map learned --key-normalization none --attention-normalization --encoder-self-attention softmax
-    --encoder-reading whole)
+    --encoder-reading whole --softmax-short-convolution 0)
 features=(--learned-features 128)
 # Of two options the later one counts. 64 slots have as many numbers as a memory of 128 features.
 everywhere=(--encoder-self-attention fast-weight --cross-attention fast-weight)
@@ -61,7 +61,7 @@ from_scratch() {
 }
 
 for seed in "${seed_list[@]}"; do
-    "${run[@]}" --model "softmax-seed$seed" --seed "$seed" --epochs "$epochs" --softmax
+    "${run[@]}" --model "softmax-seed$seed" --seed "$seed" --epochs "$epochs" --softmax --softmax-short-convolution 0
     convert decoder
     convert all "${everywhere[@]}"
 done

@@ -18,6 +18,7 @@ default_encoder_self_attention=fast-weight
 default_encoder_reading=two-directions
 default_decoder_self_attention=fast-weight
 default_cross_attention=softmax
+default_softmax_short_convolution=4
 
 # The model and its training, the same for every attention.
 width=128
@@ -60,6 +61,8 @@ option encoder-self-attention "$places" "$default_encoder_self_attention" "atten
 option encoder-reading "whole two-directions" "$default_encoder_reading" "how fast weights are read within the encoder"
 option decoder-self-attention "$places" "$default_decoder_self_attention" "causal attention within the decoder"
 option cross-attention "$places" "$default_cross_attention" "attention of the decoder to the encoder"
+option softmax-short-convolution number "$default_softmax_short_convolution" \
+    "width of a convolution where attention is softmax; 0: none"
 option softmax flag 0 "softmax in all three places: the baseline"
 option epochs count 18 "passes over the training pairs"
 option seed number 1 "seed of initialisation, order of batches and dropout"
@@ -68,6 +71,8 @@ option data-only flag 0 "stop before the training"
 parse_options "$@"
 check_model_name
 check_target_language
+((softmax_short_convolution == 0 || (softmax_short_convolution >= 2 && softmax_short_convolution <= 16))) ||
+    fail "--softmax-short-convolution is $softmax_short_convolution, allowed is 0, for none, or 2 to 16."
 [[ -z $wheels || -d $wheels ]] || fail "--wheels $wheels is not a folder."
 [[ -z $wheels ]] || wheels=$(cd -- "$wheels" && pwd)
 [[ $cache == /* ]] || cache=$PWD/$cache
@@ -88,6 +93,8 @@ if [[ "$encoder_self_attention $decoder_self_attention $cross_attention" == *fas
     [[ $encoder_self_attention == softmax ]] || flags+=(--encoder-reading "$encoder_reading")
     name=$rule-$feature_map
 fi
+[[ "$encoder_self_attention $decoder_self_attention $cross_attention" != *softmax* ]] || ((!softmax_short_convolution)) ||
+    flags+=(--softmax-short-convolution "$softmax_short_convolution")
 flags+=(--encoder-self-attention "$encoder_self_attention" --decoder-self-attention "$decoder_self_attention"
     --cross-attention "$cross_attention" ${extra[@]+"${extra[@]}"})
 
