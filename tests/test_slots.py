@@ -66,6 +66,13 @@ def test_a_source_of_padding_alone_gives_numbers():
     assert cross(inputs(2), source, source, padding)[0].isfinite().all()
 
 
+@torch.no_grad()
+def test_a_source_without_tokens_gives_what_a_memory_without_associations_gives():
+    nothing = torch.zeros(0, 3, WIDTH).double()
+    found, expected = (build_cross(FastWeightConfig(cross_slots=n))(inputs(2), nothing, nothing)[0] for n in (4, 0))
+    torch.testing.assert_close(found, expected)
+
+
 def test_slots_have_no_feature_map_and_no_rule_and_other_places_have_no_slots():
     model = build_translation(*places("fast-weight"), "--update-rule", "gated-delta", "--cross-slots", "3")
     layer = model.decoder.layers[0]
