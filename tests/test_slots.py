@@ -85,3 +85,8 @@ def test_slots_have_no_feature_map_and_no_rule_and_other_places_have_no_slots():
 def test_a_number_of_slots_that_there_cannot_be_is_refused(slots):
     with pytest.raises(ValueError, match=f"--cross-slots is {slots}, allowed is 0, for none, or 2 to 1024"):
         build_translation(*places("fast-weight", "cross-attention"), "--cross-slots", str(slots))
+
+
+def test_a_backend_that_cannot_write_slots_is_refused_with_their_flag():
+    with pytest.raises(ValueError, match="--fast-weight-backend is fla, which has .* without .*--encoder-slots"):
+        build_translation(*places("fast-weight"), "--encoder-slots", "3", "--fast-weight-backend", "fla")
