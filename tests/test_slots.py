@@ -59,6 +59,14 @@ def test_with_a_slot_for_each_token_it_is_softmax_attention(side):
     torch.testing.assert_close(found_weights.mean(0), weights)
 
 
+def test_all_that_slots_learn_with_makes_a_difference():
+    cross = build_slots(4)
+    query, source = inputs(5), inputs(7, seed=2)
+    cross(query, source, source)[0].square().sum().backward()
+    learning = {name: x.grad.abs().max() for name, x in cross.named_parameters() if name.startswith("slot")}
+    assert learning.keys() == {"slots.own", "slot_proj.weight"} and min(learning.values()) > 1e-6
+
+
 @torch.no_grad()
 def test_a_source_of_padding_alone_gives_numbers():
     cross, source = build_slots(4), inputs(6)

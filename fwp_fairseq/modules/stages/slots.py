@@ -55,7 +55,8 @@ class Slots(Stage):
         super().__init__(config, sizes)
         self.size = config.cross_slots if sizes.cross else config.encoder_slots
         self.own = nn.Parameter(torch.full((sizes.num_heads, 1, 1), _OWN))
-        self._projections = (Projection("slot_proj", "key", self.size, True, _initialize),)
+        # A bias would be the same for all tokens of a slot, and so change no share.
+        self._projections = (Projection("slot_proj", "key", self.size, False, _initialize),)
 
     @classmethod
     def is_wanted(cls, config: FastWeightConfig) -> bool:
@@ -95,4 +96,3 @@ class Slots(Stage):
 
 def _initialize(layer: nn.Linear) -> None:
     nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
