@@ -10,11 +10,12 @@ import matplotlib.image
 import pytest
 import torch
 from fairseq.logging import metrics
-from test_attention import CONFIGS, HEADS, READINGS, build, build_reading, inputs, name_of
+from test_attention import CONFIGS, HEADS, READINGS, build, build_cross, build_reading, inputs, name_of
 from tiny_models import build_lm, build_translation, places, save_checkpoint, tokens, translation_batch
 
 from fwp_fairseq.inspect.__main__ import main
 from fwp_fairseq.inspect.recorder import effective_rank, look, recorded
+from fwp_fairseq.modules import FastWeightConfig
 from fwp_fairseq.ops import Gates
 
 SIZES = ["--decoder-layers", "2", "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "32"]
@@ -60,6 +61,19 @@ def test_what_is_seen_is_what_was_done(config):
         left, right = seen.norm[: HEADS // 2, -1], seen.norm[HEADS // 2 :, 0 if attention.two_directions else -1]
         assert torch.equal(torch.cat([left, right]), seen.last_norm)
         assert seen.bound == min(memory.shape[2:]) and (seen.rank <= seen.bound + 1e-3).all()
+
+
+@pytest.mark.parametrize("slots", [0, 3])
+@pytest.mark.parametrize("targets", [4, 9])
+@torch.no_grad()
+def test_a_source_may_be_padded_and_its_queries_are_not(targets, slots):
+    attention = build_cross(FastWeightConfig(short_convolution=3, cross_slots=slots))
+    torch.nn.init.uniform_(attention.short_convolution.q, -1, 1)
+    query, source = inputs(targets, batch=1), inputs(6, batch=1, seed=2)
+    padding = torch.tensor([[False] * 4 + [True] * 2])
+    with recorded(torch.nn.ModuleDict({"attention": attention})) as calls:
+        _, weights = attention(query, source, source, padding, need_head_weights=True)
+    torch.testing.assert_close(look("attention", *calls["attention"]).weights, weights[:, 0])
 
 
 @torch.no_grad()

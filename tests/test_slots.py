@@ -59,11 +59,26 @@ def test_with_a_slot_for_each_token_it_is_softmax_attention(side):
     torch.testing.assert_close(found_weights.mean(0), weights)
 
 
+def test_all_that_slots_learn_with_makes_a_difference():
+    cross = build_slots(4)
+    query, source = inputs(5), inputs(7, seed=2)
+    cross(query, source, source)[0].square().sum().backward()
+    learning = {name: x.grad.abs().max() for name, x in cross.named_parameters() if name.startswith("slot")}
+    assert learning.keys() == {"slots.own", "slot_proj.weight"} and min(learning.values()) > 1e-6
+
+
 @torch.no_grad()
 def test_a_source_of_padding_alone_gives_numbers():
     cross, source = build_slots(4), inputs(6)
     padding = torch.ones(3, 6, dtype=torch.bool)
     assert cross(inputs(2), source, source, padding)[0].isfinite().all()
+
+
+@torch.no_grad()
+def test_a_source_without_tokens_gives_what_a_memory_without_associations_gives():
+    nothing = torch.zeros(0, 3, WIDTH).double()
+    found, expected = (build_cross(FastWeightConfig(cross_slots=n))(inputs(2), nothing, nothing)[0] for n in (4, 0))
+    torch.testing.assert_close(found, expected)
 
 
 def test_slots_have_no_feature_map_and_no_rule_and_other_places_have_no_slots():
@@ -78,3 +93,8 @@ def test_slots_have_no_feature_map_and_no_rule_and_other_places_have_no_slots():
 def test_a_number_of_slots_that_there_cannot_be_is_refused(slots):
     with pytest.raises(ValueError, match=f"--cross-slots is {slots}, allowed is 0, for none, or 2 to 1024"):
         build_translation(*places("fast-weight", "cross-attention"), "--cross-slots", str(slots))
+
+
+def test_a_backend_that_cannot_write_slots_is_refused_with_their_flag():
+    with pytest.raises(ValueError, match="--fast-weight-backend is fla, which has .* without .*--encoder-slots"):
+        build_translation(*places("fast-weight"), "--encoder-slots", "3", "--fast-weight-backend", "fla")

@@ -69,11 +69,8 @@ class ConvolvedSoftmaxAttention(MultiheadAttention):
     def _project(self, part: str, state: AttentionState, padding: Optional[Tensor], x: Tensor) -> Tensor:
         """Queries, keys or values, (L, B, embed_dim), of (L, B, inputs). padding: (B, S), of the keys."""
         projected = getattr(self, f"{part}_proj")(x)
-        of_keys = not (self.encoder_decoder_attention and part == "q")
-        tokens = Tokens(
-            **{part: projected.unflatten(2, (self.num_heads, -1)).permute(1, 2, 0, 3)},
-            padding=padding if of_keys else None,
-        )
+        heads = projected.unflatten(2, (self.num_heads, -1)).permute(1, 2, 0, 3)
+        tokens = Tokens(**{part: heads}, padding=padding)
         mixed = getattr(self.short_convolution(tokens, state), part)
         return mixed.permute(2, 0, 1, 3).reshape(projected.shape)
 

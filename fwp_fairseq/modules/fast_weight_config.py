@@ -324,7 +324,7 @@ class FastWeightConfig(_Choices):  # type: ignore[misc, valid-type]
         if self.fast_weight_backend == "fla" and (not self.rule.erases or self.attention_normalization):
             raise ValueError(
                 "--fast-weight-backend is fla, which has --update-rule delta and gated-delta only, without "
-                "--attention-normalization"
+                "--attention-normalization, --encoder-slots and --cross-slots"
             )
         check_backend(str(self.fast_weight_backend), self.rule, self.cpu is True)
         for stage in STAGES:

@@ -46,6 +46,8 @@ class ShortConvolution(Mixing):
         # How many of the words that are seen come later.
         whole = 0 if sizes.causal else (self.width - 1) // 2
         self.later = {"q": 0 if sizes.cross else whole, "k": whole, "v": whole}
+        # Padding is of what is written: not of the queries to a source.
+        self.padded = "kv" if sizes.cross else "qkv"
         for part, later in self.later.items():
             weight = torch.zeros(self.width, sizes.num_heads, 1, sizes.head_dim)
             weight[self.width - 1 - later] = 1
@@ -61,7 +63,7 @@ class ShortConvolution(Mixing):
     def forward(self, tokens: Tokens, state: AttentionState) -> Tokens:
         padding = None if tokens.padding is None else tokens.padding.bool()
         mixed: dict[str, Any] = {
-            part: self._convolve(x, padding, part, state)
+            part: self._convolve(x, padding if part in self.padded else None, part, state)
             for part in self.later
             if (x := getattr(tokens, part)) is not None
         }

@@ -55,7 +55,8 @@ class Slots(Stage):
         super().__init__(config, sizes)
         self.size = config.cross_slots if sizes.cross else config.encoder_slots
         self.own = nn.Parameter(torch.full((sizes.num_heads, 1, 1), _OWN))
-        self._projections = (Projection("slot_proj", "key", self.size, True, _initialize),)
+        # A bias would be the same for all tokens of a slot, and so change no share.
+        self._projections = (Projection("slot_proj", "key", self.size, False, _initialize),)
 
     @classmethod
     def is_wanted(cls, config: FastWeightConfig) -> bool:
@@ -70,7 +71,7 @@ class Slots(Stage):
     def keys(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """φ(k), (B, H, S, slots), in the type of the state: of each slot, the shares of the tokens.
 
-        And which slots are empty, (B, slots), but for the first one, of tokens that are all padding.
+        And which slots are empty, (B, slots), but for the first one, where no token is there.
         """
         logits, padding = tokens.projected["slot_proj"], tokens.padding
         rows, _, length, _ = logits.shape
@@ -78,13 +79,14 @@ class Slots(Stage):
         if padding is None:
             padding = torch.zeros(rows, length, dtype=torch.bool, device=logits.device)
         padding = padding.bool()
-        before = ((~padding).long().cumsum(dim=1) - 1).clamp(min=0)
-        last, numbers = before[:, -1:], torch.arange(self.size, device=logits.device)
-        own = before * self.size // (last + 1).clamp(min=self.size)
+        tokens_there = (~padding).long()
+        before, count = (tokens_there.cumsum(dim=1) - 1).clamp(min=0), tokens_there.sum(dim=1, keepdim=True)
+        numbers = torch.arange(self.size, device=logits.device)
+        own = before * self.size // count.clamp(min=self.size)
         wide = wide + self.own.to(wide.dtype) * (own[:, :, None] == numbers)[:, None].to(wide.dtype)
         # Not -inf: of what is nothing but padding there is no share.
         shares = wide.masked_fill(padding[:, None, :, None], torch.finfo(wide.dtype).min).softmax(dim=2)
-        return shares, numbers > last
+        return shares, numbers >= count.clamp(min=1)
 
     def queries(self, q: Tensor, names: Tensor, empty: Tensor) -> Tensor:
         """φ(q), (B, H, T, slots), of q, (B, H, T, head_dim), and K, ``names``, (B, H, slots, head_dim)."""
@@ -94,4 +96,3 @@ class Slots(Stage):
 
 def _initialize(layer: nn.Linear) -> None:
     nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
