@@ -6,7 +6,7 @@ from fairseq.modules import MultiheadAttention
 from test_attention import HEADS, WIDTH, build_cross, inputs
 from tiny_models import build_translation, places
 
-from fwp_fairseq.modules import FastWeightConfig, FastWeightCrossAttention
+from fwp_fairseq.modules import FastWeightConfig, FastWeightCrossAttention, fast_weight_attention
 
 SIZE = WIDTH // HEADS
 
@@ -87,6 +87,11 @@ def test_slots_have_no_feature_map_and_no_rule_and_other_places_have_no_slots():
     assert layer.encoder_attn.slots.size == 3 and layer.encoder_attn.write_proj is None
     assert layer.self_attn.slots is None and layer.self_attn.write_proj is not None
     assert "sum rule" in str(layer.encoder_attn) and "3" in str(layer.encoder_attn.slots)
+
+
+def test_a_slot_is_a_row_of_the_memory_that_a_backend_is_chosen_for(monkeypatch):
+    monkeypatch.setattr(fast_weight_attention, "choose_backend", lambda *given: f"for {given[3]} rows")
+    assert "backend auto (for 300 rows)" in str(build_slots(300))
 
 
 @pytest.mark.parametrize("slots", [1, -1, 1025])

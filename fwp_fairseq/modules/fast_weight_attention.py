@@ -158,7 +158,7 @@ class FastWeightAttention(AttentionWithState):
         backend = f"backend {self.backend}"
         if self.backend == "auto":
             weight = next(self.parameters(), torch.empty(0))
-            keys = self.features.size, state_dtype(weight.dtype)
+            keys = (self.features if self.slots is None else self.slots).size, state_dtype(weight.dtype)
             backend += f" ({choose_backend('auto', self.rule.max_norm, weight.device.type, *keys)})"
         return f"{self.rule.name} rule, {reading}, {heads}, {backend}"
 
