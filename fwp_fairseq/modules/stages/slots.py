@@ -84,8 +84,9 @@ class Slots(Stage):
         numbers = torch.arange(self.size, device=logits.device)
         own = before * self.size // count.clamp(min=self.size)
         wide = wide + self.own.to(wide.dtype) * (own[:, :, None] == numbers)[:, None].to(wide.dtype)
-        # Not -inf: of what is nothing but padding there is no share.
-        shares = wide.masked_fill(padding[:, None, :, None], torch.finfo(wide.dtype).min).softmax(dim=2)
+        hidden = padding[:, None, :, None]
+        # Not -inf: softmax of nothing but padding would be no number.
+        shares = wide.masked_fill(hidden, torch.finfo(wide.dtype).min).softmax(dim=2).masked_fill(hidden, 0)
         return shares, numbers >= count.clamp(min=1)
 
     def queries(self, q: Tensor, names: Tensor, empty: Tensor) -> Tensor:
