@@ -175,6 +175,7 @@ RUN_BY = {
     "python -m fwp_fairseq.safetensors_checkpoint": "test_onnx_translate.py",
     "python recipes/onnx/translate.py": "test_onnx_translate.py",
     "python recipes/pictures/memory.py": "test_readme.py",
+    "python recipes/ui_strings/report.py table": "test_ui_strings_recipe.py",
 }
 NOT_RUN = {
     "bash tests/": "runs tests",
