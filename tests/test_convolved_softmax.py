@@ -13,6 +13,7 @@ from test_parallel_prefix import generate as generate_with
 from test_resuming import DELTA, differing
 from tiny_models import (
     PLACES,
+    assert_decodes_as_in_the_parallel_pass,
     build_lm,
     build_translation,
     decode_step_by_step,
@@ -138,12 +139,7 @@ def test_it_trains_and_decodes_as_in_the_parallel_pass(flags):
     _, gradients = loss_and_gradients(model, batch)
     for name, gradient in gradients.items():
         assert "short_convolution" not in name or gradient.abs().sum() > 0, name
-    model.eval()
-    with torch.no_grad():
-        encoder_out = model.encoder(batch["src_tokens"], batch["src_lengths"])
-        parallel, _ = model.decoder(batch["prev_output_tokens"], encoder_out=encoder_out)
-    steps, _ = decode_step_by_step(model.decoder, batch["prev_output_tokens"], encoder_out)
-    torch.testing.assert_close(steps, parallel, rtol=1e-4, atol=1e-5)
+    assert_decodes_as_in_the_parallel_pass(model, batch)
 
 
 @each_model

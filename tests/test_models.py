@@ -14,6 +14,7 @@ from fairseq.sequence_generator import SequenceGenerator
 from hydra.core.config_store import ConfigStore
 from tiny_models import (
     PLACES,
+    assert_decodes_as_in_the_parallel_pass,
     build_lm,
     build_translation,
     decode_step_by_step,
@@ -136,12 +137,7 @@ def test_fairseq_s_options_train_and_decode_as_in_the_parallel_pass(flags, where
     batch = translation_batch(model)
     loss, gradients = loss_and_gradients(model, batch)
     assert torch.isfinite(loss) and any(g is not None and g.abs().sum() > 0 for g in gradients.values())
-    model.eval()
-    with torch.no_grad():
-        encoder_out = model.encoder(batch["src_tokens"], batch["src_lengths"])
-        parallel, _ = model.decoder(batch["prev_output_tokens"], encoder_out=encoder_out)
-    steps, _ = decode_step_by_step(model.decoder, batch["prev_output_tokens"], encoder_out)
-    torch.testing.assert_close(steps, parallel, rtol=1e-4, atol=1e-5)
+    assert_decodes_as_in_the_parallel_pass(model, batch)
 
 
 @pytest.mark.parametrize("flags", [["--update-rule", "delta"], ["--feature-map", "favor"], ["--update-rule", "gated"]])

@@ -106,6 +106,16 @@ def decode_step_by_step(decoder: Any, prev_output_tokens: Tensor, encoder_out: A
     return torch.cat(steps, dim=1), incremental_state
 
 
+def assert_decodes_as_in_the_parallel_pass(model: Any, batch: dict) -> None:
+    """Of a translation model, in evaluation."""
+    model.eval()
+    with torch.no_grad():
+        encoder_out = model.encoder(batch["src_tokens"], batch["src_lengths"])
+        parallel, _ = model.decoder(batch["prev_output_tokens"], encoder_out=encoder_out)
+    steps, _ = decode_step_by_step(model.decoder, batch["prev_output_tokens"], encoder_out)
+    torch.testing.assert_close(steps, parallel, rtol=1e-4, atol=1e-5)
+
+
 def save_checkpoint(folder: Path, task: str, arch: str, *flags: str, words: int = 30) -> Path:
     """A checkpoint of random parameters, beside its dictionaries: of languages a and b, if it translates."""
     made = dictionary(words)

@@ -71,6 +71,7 @@ class FastWeightAttention(AttentionWithState):
         q_noise: float = 0.0,
         qn_block_size: int = 8,
     ) -> None:
+        """Of the ``config``, whose options may differ by place, those of this attention's place count."""
         super().__init__()
         self.causal = causal
         config = (config or FastWeightConfig()).for_place(self.place)

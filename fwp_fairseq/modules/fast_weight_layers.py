@@ -75,16 +75,15 @@ def _build_attention(place: str, cfg: Any, embed_dim: int, **kwargs: Any) -> nn.
     kwargs.update(
         dropout=cfg.attention_dropout, q_noise=cfg.quant_noise.pq, qn_block_size=cfg.quant_noise.pq_block_size
     )
-    config = cfg.fast_weights.for_place(place)
     if not has_fast_weights:
         kwargs.update(
             self_attention=place != CROSS_ATTENTION and not (kwargs.get("causal") and cfg.cross_self_attention),
             encoder_decoder_attention=place == CROSS_ATTENTION,
         )
-        return ConvolvedSoftmaxAttention(embed_dim, side.attention_heads, config, **kwargs)
+        return ConvolvedSoftmaxAttention(embed_dim, side.attention_heads, cfg.fast_weights, **kwargs)
     kind = FastWeightCrossAttention if place == CROSS_ATTENTION else FastWeightAttention
     try:
-        return kind(embed_dim, side.attention_heads, config, **kwargs)
+        return kind(embed_dim, side.attention_heads, cfg.fast_weights, **kwargs)
     except ValueError as error:
         if not cfg.fast_weights.differs_by_place():
             raise
